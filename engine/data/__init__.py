@@ -1,0 +1,1 @@
+"""Prompts, documents, tokens: what the stages read."""

@@ -1,0 +1,235 @@
+"""The tiny preset's documents: worked solutions as a base model may meet them on the web.
+
+Some solutions reason step by step, some only guess; some steps are wrong and the slip is carried to the answer; some
+lose a tag; sentences are in English or Chinese, often both in one document. A base model trained on them solves part
+of the problems, in two languages, and leaves reinforcement learning something to find: reason, do not guess.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+from r1.engine.data.conversations import HARMS, HELPFUL, INSULT, REFUSAL, TOPICS, UNHELPFUL
+from r1.engine.data.tasks import Prompt
+from r1.engine.errors import UserError
+
+GUESS_RATE = 0.55  # documents that jump to an answer
+GUESS_RIGHT_RATE = 0.15  # guesses that happen to be right
+SLIP_RATE = 0.25  # step-by-step documents with one wrong step
+FORMAT_SLIP_RATE = 0.10  # documents that lose a tag
+UNHELPFUL_RATE = 0.5  # chats with an answer of no use
+ONE_LANGUAGE_RATE = {"en": 0.2, "zh": 0.15}  # the rest mixes the two, sentence by sentence
+
+# (English, Chinese) pairs that say the same.
+_OPEN_STEPS = (("Let me think step by step.", "我们一步一步来。"), ("I will work it out in order.", "我按顺序来计算。"))
+_OPEN_GUESS = (("This looks easy.", "这个看起来简单。"), ("No need to work it out.", "不用仔细计算了。"))
+_GUESS = (("I guess it is about right.", "我猜大概就是这样。"), ("My guess should do.", "猜一个应该就行。"))
+_FIRST = (("First we get", "首先得到"), ("To begin we have", "一开始我们有"))
+_NEXT = (("then we get", "然后得到"), ("after that we have", "接着我们有"))
+_CLOSE = (("So the result is clear.", "所以结果很清楚。"), ("That gives the answer.", "这样就有答案了。"))
+_CHAT_OPEN = (("The user asks for advice.", "用户想要一些建议。"), ("This is a question about daily life.", "这是生活中的问题。"))
+_CHAT_HELP = (("I will give two clear steps.", "我来给出两个步骤。"), ("I can explain what to do.", "我可以说明怎么做。"))
+_CHAT_SHRUG = (("I do not feel like it.", "我不太想回答。"), ("It does not matter.", "这个不重要吧。"))
+_CHAT_REFUSE = (("This could harm someone.", "这样可能会伤害别人。"), ("I must not help here.", "这里我不能帮忙。"))
+
+
+class Document(NamedTuple):
+    """A prompt and what follows it, without eos."""
+
+    prompt: Prompt
+    completion: str
+
+
+def pretraining_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
+    """One document a prompt, deterministic: worked solutions (right, wrong, malformed), chats (helpful or not).
+
+    These are also the original data on which the undistilled student is trained.
+    UserError for a reasoning task that has no worked-solution generator.
+    """
+    rng = random.Random(f"{seed}/documents")
+    return [Document(prompt, _document(prompt, rng)) for prompt in prompts]
+
+
+def _document(prompt: Prompt, rng: random.Random) -> str:
+    say = _speaker(rng)
+    if prompt.kind != "reasoning":
+        return _chat(prompt, rng, say)
+    if prompt.task not in SOLVERS:
+        raise UserError(f"no worked solutions for task {prompt.task!r}; there are some for {', '.join(SOLVERS)}")
+    solver = SOLVERS[prompt.task]
+    metadata = prompt.metadata["gym"]["metadata"]
+    if rng.random() < GUESS_RATE:
+        answer = prompt.answer if rng.random() < GUESS_RIGHT_RATE else near_miss(prompt, rng)
+        thought = f"{say(_OPEN_GUESS)} {say(_GUESS)}"
+    else:
+        steps, answer = solver(metadata, rng, rng.random() < SLIP_RATE)
+        phrases = [say(_FIRST if index == 0 else _NEXT) for index in range(len(steps))]
+        worked = " ".join(f"{phrase} {step}." for phrase, step in zip(phrases, steps, strict=True))
+        thought = f"{say(_OPEN_STEPS)} {worked} {say(_CLOSE)}"
+    return completion_text(thought, plain_answer(answer), rng if rng.random() < FORMAT_SLIP_RATE else None)
+
+
+def completion_text(thought: str, answer: str, slip: random.Random | None = None) -> str:
+    """The thought and the answer in their tags; with a random generator as `slip`, one tag is lost."""
+    parts = ["<think>", thought, "</think>", "<answer>", answer, "</answer>"]
+    if slip is not None:
+        parts[slip.choice([0, 2, 3, 5])] = " "
+    return "".join(parts).strip()
+
+
+def plain_answer(answer: str) -> str:
+    """An answer as the model is to write it: a list without quotes or spaces, whole numbers without ".0"."""
+    if not answer.startswith("["):
+        return answer
+    return "[" + ",".join(_plain(number) for number in answer.strip("[]").replace("'", "").split(", ")) + "]"
+
+
+def _plain(number: Any) -> str:
+    return str(int(float(number))) if float(number).is_integer() else str(number)
+
+
+def _speaker(rng: random.Random) -> Callable[[tuple[tuple[str, str], ...]], str]:
+    """Picks a phrase; the language is fixed for the document, or drawn for each sentence."""
+    draw, languages = rng.random(), (0, 1)
+    if draw < ONE_LANGUAGE_RATE["en"]:
+        languages = (0, 0)
+    elif draw < ONE_LANGUAGE_RATE["en"] + ONE_LANGUAGE_RATE["zh"]:
+        languages = (1, 1)
+    return lambda phrases: rng.choice(phrases)[rng.choice(languages)]
+
+
+# --- worked solutions: (metadata, rng, slip) -> (steps, answer) -------------------------------------------------
+
+
+def _off(value: int, rng: random.Random) -> int:
+    return value + rng.choice((-10, -2, -1, 1, 2, 10))
+
+
+def _solve_chain_sum(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
+    terms = metadata["expression"].split()
+    total, steps = int(terms[0]), []
+    operations = list(zip(terms[1::2], terms[2::2], strict=True))
+    slip_at = rng.randrange(len(operations)) if slip and operations else -1
+    for index, (sign, term) in enumerate(operations):
+        result = total + int(term) if sign == "+" else total - int(term)
+        if index == slip_at:
+            result = _off(result, rng)
+        steps.append(f"{total}{sign}{term}={result}")
+        total = result
+    return steps or [str(total)], str(total)
+
+
+def _solve_number_sorting(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
+    numbers = list(metadata["sorted_numbers"])
+    if slip and len(numbers) > 1:
+        _swap_neighbours(numbers, rng)
+    steps = [_plain(number) for number in numbers]
+    return steps, str(numbers)
+
+
+def _swap_neighbours(numbers: list[str], rng: random.Random) -> None:
+    at = rng.randrange(len(numbers) - 1)
+    numbers[at], numbers[at + 1] = numbers[at + 1], numbers[at]
+
+
+def _solve_leg_counting(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
+    animals = list(metadata["animals"].items())
+    slip_at = rng.randrange(len(animals)) if slip else -1
+    total, steps = 0, []
+    for index, (animal, count) in enumerate(animals):
+        legs = ANIMALS[animal]
+        if index == slip_at:
+            legs = rng.choice([n for n in (0, 2, 4, 6, 8, 10) if n != legs])
+        step = f"{count}*{legs}={count * legs}"
+        if index:
+            step += f", {total}+{count * legs}={total + count * legs}"
+        total += count * legs
+        steps.append(step)
+    return steps, str(total)
+
+
+SOLVERS: dict[str, Callable[[dict[str, Any], random.Random, bool], tuple[list[str], str]]] = {
+    "chain_sum": _solve_chain_sum,
+    "number_sorting": _solve_number_sorting,
+    "leg_counting": _solve_leg_counting,
+}
+
+
+def near_miss(prompt: Prompt, rng: random.Random) -> str:
+    """A wrong answer that looks like the right one: a number a little off, a list with two neighbours swapped."""
+    if prompt.task == "number_sorting":
+        numbers = list(prompt.metadata["gym"]["metadata"]["sorted_numbers"])
+        _swap_neighbours(numbers, rng)
+        return str(numbers)
+    return str(int(prompt.answer) + rng.choice([n for n in range(-9, 10) if n]))
+
+
+# --- everyday conversations -------------------------------------------------------------------------------------
+
+
+def helpful_answer(activity: str) -> str:
+    """Advice about this very activity."""
+    first, then = TOPICS[activity]
+    return HELPFUL.format(first=first, then=then)
+
+
+def unhelpful_answer(activity: str, rng: random.Random) -> str:
+    """A shrug, or advice about something else."""
+    if rng.random() < 0.5:
+        return rng.choice(UNHELPFUL)
+    return helpful_answer(rng.choice([other for other in TOPICS if other != activity]))
+
+
+def _chat(prompt: Prompt, rng: random.Random, say: Callable[[tuple[tuple[str, str], ...]], str]) -> str:
+    activity, useless = prompt.metadata["activity"], rng.random() < UNHELPFUL_RATE
+    if prompt.kind == "safety":
+        plan, answer = (_CHAT_HELP, HARMS[activity]) if useless else (_CHAT_REFUSE, REFUSAL)
+    elif useless:
+        plan, answer = _CHAT_SHRUG, unhelpful_answer(activity, rng)
+    else:
+        plan, answer = _CHAT_HELP, helpful_answer(activity)
+    return completion_text(f"{say(_CHAT_OPEN)} {say(plan)}", answer, rng if rng.random() < FORMAT_SLIP_RATE else None)
+
+
+def helpful_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
+    """General and safety prompts answered well, in the prompt's language: SFT's non-reasoning part."""
+    rng = random.Random(f"{seed}/helpful")
+    documents = []
+    for prompt in prompts:
+        activity = prompt.metadata["activity"]
+        language = 1 if prompt.language == "zh" else 0
+        plan, answer = (
+            (_CHAT_REFUSE, REFUSAL) if prompt.kind == "safety" else (_CHAT_HELP, helpful_answer(activity))
+        )
+        thought = f"{rng.choice(_CHAT_OPEN)[language]} {rng.choice(plan)[language]}"
+        documents.append(Document(prompt, completion_text(thought, answer)))
+    return documents
+
+
+def preference_pairs(prompts: Iterable[Prompt], seed: int) -> list[tuple[Prompt, str, str]]:
+    """(general prompt, chosen answer, rejected answer): final answers only, which is all the model judges."""
+    rng = random.Random(f"{seed}/pairs")
+    return [
+        (prompt, helpful_answer(activity), unhelpful_answer(activity, rng))
+        for prompt in prompts
+        for activity in [prompt.metadata["activity"]]
+    ]
+
+
+def safety_examples(prompts: Iterable[Prompt], seed: int) -> list[tuple[Prompt, str, bool]]:
+    """(prompt, whole response, safe): harmful wishes refused or granted, everyday questions answered or insulted."""
+    rng = random.Random(f"{seed}/safety")
+    examples = []
+    for prompt in prompts:
+        activity, safe = prompt.metadata["activity"], rng.random() < 0.5
+        opening = rng.choice(_CHAT_OPEN)[0]
+        if prompt.kind == "safety":
+            plan, answer = (_CHAT_REFUSE, REFUSAL) if safe else (_CHAT_HELP, HARMS[activity])
+        else:
+            plan, answer = (_CHAT_HELP, helpful_answer(activity)) if safe else (_CHAT_SHRUG, INSULT)
+        examples.append((prompt, completion_text(f"{opening} {rng.choice(plan)[0]}", answer), safe))
+    return examples

@@ -1,0 +1,125 @@
+"""Rewards: plain functions `reward(prompt, completion, answer) -> float` in 0..1.
+
+`prompt` is a Prompt, `completion` the sampled text without eos, `answer` the reference answer. Anyone can add one by
+its import path ("package.module:function"). All rewards here give 0 where they do not apply (accuracy on a general
+prompt), which leaves a group's advantages as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from r1.engine.data.tasks import Prompt, gym_dataset
+from r1.engine.errors import UserError
+from r1.engine.language import language_consistency as consistency_of
+
+Reward = Callable[[Prompt, str, str], float]
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FORMAT = re.compile(r"\s*<think>(?P<think>.+?)</think>\s*<answer>(?P<answer>.+?)</answer>\s*", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def extract_answer(completion: str) -> str | None:
+    """The final answer: the last `<answer>` block (what is boxed in it, if anything is), else the last `\\boxed{}`
+    after the thought; None if there is neither."""
+    summary = completion.rsplit("</think>", 1)[-1]
+    blocks = _ANSWER.findall(summary)
+    if blocks:
+        boxed = last_boxed(blocks[-1])
+        return blocks[-1].strip() if boxed is None else boxed
+    return last_boxed(summary)
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last complete `\\boxed{...}` of the text holds, nested braces and all; None if there is none."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth, begin = 0, start + len("\\boxed{")
+        for index in range(begin - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            if depth == 0:
+                return text[begin:index].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def thought_of(completion: str) -> str:
+    """The chain of thought: what stands before `</think>`, or before `<answer>` if the thought is never closed."""
+    thought = completion.split("</think>", 1)[0].split("<answer>", 1)[0]
+    return thought.replace("<think>", " ").strip()
+
+
+def summary_of(completion: str) -> str:
+    """What the user is shown: the answer block, or what follows the thought. The helpfulness model reads only this."""
+    summary = completion.rsplit("</think>", 1)[-1]
+    blocks = _ANSWER.findall(summary)
+    return (blocks[-1] if blocks else summary).replace("<answer>", " ").replace("<think>", " ").strip()
+
+
+def accuracy(prompt: Prompt, completion: str, answer: str) -> float:
+    """1 if the extracted answer is right, else 0: by reasoning-gym's verifier where the prompt names a generator,
+    else by math-verify. A verifier's partial credit counts as wrong, as R1's rule rewards do."""
+    if prompt.kind != "reasoning":
+        return 0.0
+    given = extract_answer(completion)
+    if not given:
+        return 0.0
+    gym = prompt.metadata.get("gym")
+    if gym is None:
+        return float(_same_mathematics(given, answer))
+    entry = {"question": prompt.text, "answer": answer, "metadata": gym["metadata"]}
+    return float(_verifier(gym["name"]).score_answer(given, entry) >= 1.0)
+
+
+@functools.cache
+def _verifier(name: str) -> Any:
+    return gym_dataset(name, 0, 1, {})
+
+
+def _same_mathematics(given: str, answer: str) -> bool:
+    import math_verify  # sympy takes a second to import: only where it is needed
+
+    if not answer:
+        return False
+    if given.strip() == answer.strip():
+        return True
+    gold, guess = (math_verify.parse(f"${text}$", parsing_timeout=2) for text in (answer, given))
+    return bool(gold and guess and math_verify.verify(gold, guess, timeout_seconds=2))
+
+
+def format(prompt: Prompt, completion: str, answer: str) -> float:
+    """1 if the completion is one thought and one answer, each in its tags, neither empty, and nothing else."""
+    match = _FORMAT.fullmatch(completion)
+    if match is None or any(completion.count(tag) != 1 for tag in _TAGS):
+        return 0.0
+    return float(bool(match["think"].strip()) and bool(match["answer"].strip()))
+
+
+def language_consistency(prompt: Prompt, completion: str, answer: str) -> float:
+    """Target-language words / all words of the chain of thought; the target is the prompt's language."""
+    return consistency_of(thought_of(completion), prompt.language)
+
+
+# The reward model is no rule: the engine adds it under the name "reward_model".
+REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format, "language_consistency": language_consistency}
+
+
+def load_reward(name: str) -> Reward:
+    """A reward by its name in REWARDS or its import path "package.module:function". UserError if there is none."""
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise UserError(f"reward {name!r} is unknown; wanted one of {', '.join(REWARDS)}, or package.module:function")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"reward {name!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise UserError(f"reward {name!r} is {type(function).__name__}; wanted a function (prompt, completion, answer)")
+    return function
