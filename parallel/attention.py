@@ -1,0 +1,276 @@
+"""Self-attention for Megatron's layers: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) and grouped-query
+attention, over packed sequences, and one token at a time over a cache. Both call r1.kernels for the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from r1.kernels import (
+    append_kv,
+    apply_rope,
+    gqa_decode,
+    mla_attention,
+    mla_decode,
+    rms_norm,
+    yarn_softmax_scale,
+)
+from r1.parallel.packing import PackedSequence
+
+
+@dataclass
+class DecodeStep:
+    """One new token for each of B cached sequences; travels as `packed_seq_params` in place of a PackedSequence.
+
+    positions_B int64 is where the new token goes; seq_lens_B int32 counts the cache with it; block_table_BM int32.
+    """
+
+    positions_B: Tensor
+    seq_lens_B: Tensor
+    block_table_BM: Tensor
+    rope: tuple[Tensor, Tensor]
+    caches: dict[int, tuple[Tensor, ...]]
+
+
+class RMSNorm(MegatronModule):
+    """Root-mean-square norm over the last axis (arXiv 1910.07467); replicated over tensor-parallel ranks."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(config)
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class ReplicatedLinear(MegatronModule):
+    """y = x Wᵀ with W (out, in) whole on every tensor-parallel rank. Under sequence parallelism each rank sees its own
+    tokens, and Megatron sums the gradients over the ranks because the weight is marked so."""
+
+    def __init__(self, config: Any, in_size: int, out_size: int) -> None:
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(
+            torch.empty(out_size, in_size, dtype=config.params_dtype, device=_device())
+        )
+        if config.perform_initialization:
+            config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+class _SelfAttention(MegatronModule):
+    """What the two kinds share: context-parallel gathering, the output projection, Megatron's calling convention."""
+
+    def __init__(self, config: Any, layer_number: int, pg_collection: ProcessGroupCollection | None) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.model = config.model
+        self.heads = self.model.num_heads // self.groups.tp.size()
+
+    def _column(self, in_size: int, out_size: int, bias: bool = False) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            in_size,
+            out_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=bias,
+            gather_output=False,
+            tp_group=self.groups.tp,
+        )
+
+    def _row(self, in_size: int, out_size: int) -> RowParallelLinear:
+        return RowParallelLinear(
+            in_size,
+            out_size,
+            config=self.config,
+            init_method=self.config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=self.groups.tp,
+        )
+
+    def _whole_stream(self, x_TD: Tensor, packed: PackedSequence) -> Tensor:
+        """All tokens of the micro-batch, in stream order, from the parts of the context-parallel ranks."""
+        if packed.gather_order_T is None:
+            return x_TD
+        gathered = gather_from_sequence_parallel_region(x_TD.contiguous(), group=self.groups.cp)
+        return gathered.index_select(0, packed.gather_order_T)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, packed_seq_params: Any = None, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states (T, 1, H), sequence-parallel where the layout is; returns the same shape, and no bias."""
+        if isinstance(packed_seq_params, DecodeStep):
+            out_TND = self._decode(hidden_states, packed_seq_params)
+        else:
+            out_TND = self._attend(hidden_states, packed_seq_params)
+        out, _ = self.linear_proj(out_TND.flatten(1).unsqueeze(1))
+        return out, None
+
+
+class MultiHeadLatentAttention(_SelfAttention):
+    """MLA: queries and keys of `qk_nope + qk_rope`, values of `v_head_dim`; the cache holds one latent a token.
+
+    The down projections are whole on every tensor-parallel rank and the up projections are split by heads. The rope
+    part of the key is shared by all heads, so its gradient is summed over the ranks on the way back.
+    """
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any = None, pg_collection: Any = None, **unused: Any
+    ) -> None:
+        super().__init__(config, layer_number, pg_collection)
+        m = self.model
+        q_width = m.num_heads * m.qk_head_dim
+        if m.q_lora_rank:
+            self.linear_q_down = ReplicatedLinear(config, m.hidden_size, m.q_lora_rank)
+            self.q_norm = RMSNorm(config, m.q_lora_rank, m.norm_eps)
+            self.linear_q_up = self._column(m.q_lora_rank, q_width)
+        else:
+            self.linear_q_up = self._column(m.hidden_size, q_width)
+        self.linear_kv_down = ReplicatedLinear(config, m.hidden_size, m.kv_lora_rank + m.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(config, m.kv_lora_rank, m.norm_eps)
+        self.linear_kv_up = self._column(m.kv_lora_rank, m.num_heads * (m.qk_nope_head_dim + m.v_head_dim))
+        self.linear_proj = self._row(m.num_heads * m.v_head_dim, m.hidden_size)
+        self.scale = m.qk_head_dim**-0.5
+        if m.yarn:
+            self.scale *= yarn_softmax_scale(m.yarn.factor, m.yarn.mscale_all_dim)
+
+    def _queries(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        m = self.model
+        x = self.q_norm(self.linear_q_down(hidden)) if m.q_lora_rank else hidden
+        q_TND = self.linear_q_up(x)[0].squeeze(1).unflatten(-1, (self.heads, m.qk_head_dim))
+        q_nope, q_rope = q_TND.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
+        return q_nope, apply_rope(q_rope, *rope, interleaved=True)
+
+    def _latents(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(normalised latent, sequence-parallel as hidden is; rotated key part of all local tokens)."""
+        m = self.model
+        latent, k_rope = self.linear_kv_down(hidden).split([m.kv_lora_rank, m.qk_rope_head_dim], -1)
+        if self.config.sequence_parallel:
+            k_rope = gather_from_sequence_parallel_region(k_rope.contiguous(), group=self.groups.tp)
+        elif self.groups.tp.size() > 1:
+            k_rope = copy_to_tensor_model_parallel_region(k_rope, group=self.groups.tp)
+        return self.kv_norm(latent), apply_rope(k_rope, *rope, interleaved=True).squeeze(1)
+
+    def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
+        m = self.model
+        q_TND = torch.cat(self._queries(hidden, packed.rope), -1)
+        latent, k_rope_TD = self._latents(hidden, packed.rope)
+        if packed.caches is not None:
+            whole = latent
+            if self.config.sequence_parallel:
+                whole = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
+            packed.caches[self.layer_number] = (torch.cat([whole.squeeze(1), k_rope_TD], -1),)
+        if packed.gather_order_T is not None:
+            if self.config.sequence_parallel:
+                latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
+            # The latent is what crosses the network (512 a token, not 128 heads of 256); every rank expands it.
+            kv = self._expand_gathered(self._whole_stream(latent.squeeze(1), packed))
+            k_rope_TD = self._whole_stream(k_rope_TD, packed)
+        else:
+            kv = self.linear_kv_up(latent)[0].squeeze(1)
+        k_TND, v_TND = kv.unflatten(-1, (self.heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], -1)
+        return mla_attention(
+            q_TND,
+            k_TND,
+            v_TND,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            self.scale,
+            k_rope_SD=k_rope_TD,
+            query_index_T=packed.local_index_T,
+        )
+
+    def _expand_gathered(self, latent_TR: Tensor) -> Tensor:
+        """The up projection of latents that are already whole: no further gathering, gradient summed over the ranks
+        (under sequence parallelism by the gather's reduce-scatter)."""
+        if not self.config.sequence_parallel and self.groups.tp.size() > 1:
+            latent_TR = copy_to_tensor_model_parallel_region(latent_TR, group=self.groups.tp)
+        return torch.nn.functional.linear(latent_TR, self.linear_kv_up.weight)
+
+    def _decode(self, hidden: Tensor, step: DecodeStep) -> Tensor:
+        m = self.model
+        q_nope, q_rope = self._queries(hidden, step.rope)
+        latent, k_rope_BD = self._latents(hidden, step.rope)
+        if self.config.sequence_parallel:
+            latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
+        (cache,) = step.caches[self.layer_number]
+        append_kv(cache, torch.cat([latent.squeeze(1), k_rope_BD], -1), step.block_table_BM, step.positions_B)
+        up_NDR = self.linear_kv_up.weight.unflatten(0, (self.heads, -1))
+        up_k, up_v = up_NDR.split([m.qk_nope_head_dim, m.v_head_dim], 1)
+        q_latent = torch.einsum("bnd,ndr->bnr", q_nope, up_k)
+        out_BNR = mla_decode(
+            torch.cat([q_latent, q_rope], -1),
+            cache,
+            step.block_table_BM,
+            step.seq_lens_B,
+            self.scale,
+            m.kv_lora_rank,
+        )
+        return torch.einsum("bnr,ndr->bnd", out_BNR, up_v)
+
+
+class GroupedQueryAttention(_SelfAttention):
+    """The dense students' attention: `num_heads` queries share `num_kv_heads` keys; Qwen2 has biases on q, k and v."""
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any = None, pg_collection: Any = None, **unused: Any
+    ) -> None:
+        super().__init__(config, layer_number, pg_collection)
+        m = self.model
+        bias = m.architecture == "qwen2"
+        self.linear_q = self._column(m.hidden_size, m.num_heads * m.qk_head_dim, bias)
+        self.linear_k = self._column(m.hidden_size, m.kv_heads * m.qk_head_dim, bias)
+        self.linear_v = self._column(m.hidden_size, m.kv_heads * m.qk_head_dim, bias)
+        self.linear_proj = self._row(m.num_heads * m.qk_head_dim, m.hidden_size)
+        self.scale = m.qk_head_dim**-0.5
+
+    def _heads_of(self, linear: ColumnParallelLinear, hidden: Tensor) -> Tensor:
+        return linear(hidden)[0].squeeze(1).unflatten(-1, (-1, self.model.qk_head_dim))
+
+    def _qkv(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q_TND = apply_rope(self._heads_of(self.linear_q, hidden), *rope, interleaved=False)
+        k_TMD = apply_rope(self._heads_of(self.linear_k, hidden), *rope, interleaved=False)
+        return q_TND, k_TMD, self._heads_of(self.linear_v, hidden)
+
+    def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
+        q_TND, k_TMD, v_TMD = self._qkv(hidden, packed.rope)
+        if packed.caches is not None:
+            packed.caches[self.layer_number] = (k_TMD, v_TMD)
+        return mla_attention(
+            q_TND,
+            self._whole_stream(k_TMD, packed),
+            self._whole_stream(v_TMD, packed),
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            self.scale,
+            query_index_T=packed.local_index_T,
+        )
+
+    def _decode(self, hidden: Tensor, step: DecodeStep) -> Tensor:
+        q_BND, k_BMD, v_BMD = self._qkv(hidden, step.rope)
+        k_cache, v_cache = step.caches[self.layer_number]
+        append_kv(k_cache, k_BMD, step.block_table_BM, step.positions_B)
+        append_kv(v_cache, v_BMD, step.block_table_BM, step.positions_B)
+        return gqa_decode(q_BND, k_cache, v_cache, step.block_table_BM, step.seq_lens_B, self.scale)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,166 @@
+"""Megatron-core assumes CUDA in places that have no switch. On a CPU this file answers for CUDA; on a GPU it only
+repairs what megatron-core 0.16 needs without TransformerEngine. Nothing else in r1 knows about either."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+from typing import Any
+
+# Dynamo would compile Megatron's small jitted functions on their first call: 17 s on a CPU, for nothing.
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+from r1.kernels import adamw_step
+
+_installed = False
+
+
+class _NoStream:
+    """Stands for a CUDA stream where every operation is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW on r1's kernel, with the step count in the parameter group, where Megatron's distributed optimiser
+    expects it: torch's own shares one step tensor between parameters there and resumes with a wrong bias correction."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **ignored: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            group["step"] += 1
+            if not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw_step(
+                [p.data for p in parameters],
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                int(group["step"]),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+
+
+def install() -> None:
+    """Make megatron-core usable here; safe to call more than once."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    # A dense layer of ours is not one of Megatron's own classes; it says so once per layer.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    if getattr(moe_utils, "te_general_gemm", None) is not None and not _has_transformer_engine():
+        moe_utils.te_general_gemm = None
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = AdamW
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.Adam = AdamW
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_TE_OPTIMIZER = True
+    if not torch.cuda.is_available():
+        _answer_for_cuda()
+
+
+def _has_transformer_engine() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _answer_for_cuda() -> None:
+    for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like", "arange"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.synchronize = lambda device=None: None
+    cuda.Stream = _NoStream
+    cuda.current_stream = cuda.default_stream = _one_stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # The dispatcher reads the split sizes as numpy; its own copy goes through pinned memory and a stream.
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda_type_for_megatron(type_of: Any) -> Any:
+    """Megatron's optimiser compares `tensor.type()` with CUDA's names; only it is told so."""
+
+    @functools.wraps(type_of)
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_of(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(result, str) and caller.startswith("megatron.core.optimizer"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return tensor_type
+
+
+@functools.cache
+def _one_stream(device: Any = None) -> _NoStream:
+    return _NoStream()
+
+
+def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    if isinstance(tensor, torch.Tensor) and as_numpy:
+        return tensor.numpy()
+    return tensor

@@ -1,0 +1,191 @@
+"""What a model is and how it is laid out over processes: the two configurations the parallel layer needs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Architecture = Literal["deepseek_v3", "llama", "qwen2"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class YarnConfig(Section):
+    """YaRN context extension (arXiv 2309.00071), as DeepSeek-V3 uses it."""
+
+    factor: float = Field(40.0, ge=1.0)
+    original_max_positions: int = Field(4096, ge=1)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+class ModelConfig(Section):
+    """A decoder: DeepSeek-V3 (MLA + mixture of experts + MTP), or a dense GQA model (Llama, Qwen2).
+
+    Widths are in elements. Fields of the other architecture must keep their defaults.
+    """
+
+    architecture: Architecture = "deepseek_v3"
+    vocab_size: int = Field(gt=0, description="rows of the embedding; may exceed the tokenizer's size")
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    max_positions: int = Field(ge=1, description="longest sequence, in tokens")
+    ffn_hidden_size: int = Field(ge=1, description="width of a dense SwiGLU layer")
+    norm_eps: float = Field(1e-6, gt=0)
+    rope_base: float = Field(10000.0, gt=0)
+    yarn: YarnConfig | None = None
+    tie_embeddings: bool = False
+    init_std: float = Field(0.02, gt=0)
+
+    # dense GQA models
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    # multi-head latent attention
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+
+    # mixture of experts
+    num_dense_layers: int = Field(0, ge=0, description="leading layers whose FFN is dense")
+    num_experts: int = Field(0, ge=0)
+    experts_per_token: int = Field(0, ge=0)
+    num_shared_experts: int = Field(0, ge=0)
+    expert_hidden_size: int = Field(0, ge=0)
+    num_expert_groups: int = Field(1, ge=1)
+    groups_per_token: int = Field(1, ge=1)
+    routed_scaling_factor: float = 1.0
+    expert_bias_update_speed: float = Field(0.0, ge=0)
+
+    # multi-token prediction
+    num_mtp_layers: int = Field(0, ge=0)
+    mtp_loss_weight: float = Field(0.0, ge=0)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.architecture == "deepseek_v3" and self.num_experts > 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head."""
+        if self.architecture == "deepseek_v3":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.architecture == "deepseek_v3":
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                if getattr(self, name) <= 0:
+                    raise ValueError(f"{name} = {getattr(self, name)} must be positive for architecture deepseek_v3")
+            if self.qk_rope_head_dim % 2:
+                raise ValueError(f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even")
+            if self.num_experts:
+                self._check_experts()
+        else:
+            if self.num_experts or self.num_mtp_layers:
+                raise ValueError(f"num_experts and num_mtp_layers must be 0 for architecture {self.architecture}")
+            if self.num_heads % self.kv_heads:
+                raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.kv_heads}")
+            if self.head_dim is None and self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size = {self.hidden_size} must be a multiple of num_heads = {self.num_heads}"
+                    " unless head_dim is given"
+                )
+        if self.num_dense_layers > self.num_layers:
+            raise ValueError(f"num_dense_layers = {self.num_dense_layers} exceeds num_layers = {self.num_layers}")
+        return self
+
+    def _check_experts(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} must be between 1 and num_experts = {self.num_experts}"
+            )
+        if self.expert_hidden_size < 1:
+            raise ValueError(f"expert_hidden_size = {self.expert_hidden_size} must be positive")
+        if self.num_experts % self.num_expert_groups:
+            raise ValueError(
+                f"num_expert_groups = {self.num_expert_groups} must divide num_experts = {self.num_experts}"
+            )
+        if self.groups_per_token > self.num_expert_groups:
+            raise ValueError(
+                f"groups_per_token = {self.groups_per_token} exceeds num_expert_groups = {self.num_expert_groups}"
+            )
+        reachable = self.num_experts // self.num_expert_groups * self.groups_per_token
+        if self.experts_per_token > reachable:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} exceeds the {reachable} experts"
+                " that groups_per_token leaves"
+            )
+
+
+class ParallelConfig(Section):
+    """How one model is split over processes. Data parallelism is what remains of the world."""
+
+    tensor: int = Field(1, ge=1)
+    sequence: bool = Field(True, description="sequence parallelism, where tensor > 1")
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline rank")
+    expert: int = Field(1, ge=1)
+    expert_tensor: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    recompute: Literal["none", "selective", "full"] = "none"
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
+
+    def data(self, world_size: int) -> int:
+        """The data-parallel size in a world of `world_size` processes; ValueError where the layout does not fit."""
+        model = self.tensor * self.pipeline * self.context
+        if world_size % model:
+            raise ValueError(
+                f"parallel.tensor x pipeline x context = {self.tensor} x {self.pipeline} x {self.context} = {model}"
+                f" must divide the world size {world_size}"
+            )
+        expert = self.expert * self.expert_tensor * self.pipeline
+        if world_size % expert:
+            raise ValueError(
+                f"parallel.expert x expert_tensor x pipeline = {self.expert} x {self.expert_tensor} x {self.pipeline}"
+                f" = {expert} must divide the world size {world_size}"
+            )
+        return world_size // model
+
+    def check_model(self, model: ModelConfig) -> None:
+        """ValueError where the layout does not divide the model."""
+        parts = [("num_heads", model.num_heads, "tensor", self.tensor)]
+        if model.architecture != "deepseek_v3":
+            parts.append(("num_kv_heads", model.kv_heads, "tensor", self.tensor))
+        parts.append(("ffn_hidden_size", model.ffn_hidden_size, "tensor", self.tensor))
+        parts.append(("vocab_size", model.vocab_size, "tensor", self.tensor))
+        parts.append(
+            ("num_layers", model.num_layers, "pipeline x virtual_pipeline", self.pipeline * self.virtual_pipeline)
+        )
+        if model.is_moe:
+            parts.append(("num_experts", model.num_experts, "expert", self.expert))
+            parts.append(("expert_hidden_size", model.expert_hidden_size, "expert_tensor", self.expert_tensor))
+            if self.tensor > 1 and not self.sequence:
+                raise ValueError(
+                    "parallel.sequence = false with tensor > 1 is not possible for a mixture of experts:"
+                    " megatron-core needs sequence parallelism there"
+                )
+        elif self.expert > 1 or self.expert_tensor > 1:
+            raise ValueError(f"parallel.expert = {self.expert} needs a mixture of experts; the model is dense")
+        for name, size, axis, ways in parts:
+            if size % ways:
+                raise ValueError(f"parallel.{axis} = {ways} does not divide model.{name} = {size}")

@@ -1,0 +1,142 @@
+"""One token at a time over a cache, through the same modules that train, in every layout that trains.
+
+Sequences of one call advance together. Each pipeline stage runs its layers on all of them in turn; expert-parallel
+processes keep step even when one of them has nothing left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1.parallel.attention import DecodeStep
+from r1.parallel.packing import MicroBatch, PackedSequence, pad_to
+from r1.parallel.trainer import Trainer
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
+
+
+class Decoder:
+    """A cache of `len(prompts)` sequences of at most `max_length` tokens each, and the steps that fill it.
+
+    Keys and values lie in one block a sequence; the MLA models keep the latent alone (kv_lora_rank + rope, a token and
+    a layer). `prompts` are lists of token ids; `copies` sequences are made of each, after one prefill.
+    """
+
+    def __init__(self, trainer: Trainer, prompts: list[list[int]], copies: int, max_length: int) -> None:
+        self.trainer, self.world = trainer, trainer.world
+        self.device = trainer.world.device
+        self.chunks = trainer.chunks
+        self.max_length = max_length
+        self.split = trainer.parallel.tensor if trainer.parallel.sequence else 1
+        self.rows = len(prompts) * copies
+        self.lengths_B = torch.tensor([len(p) for p in prompts for _ in range(copies)], device=self.device)
+        self.caches: dict[int, tuple[Tensor, ...]] = {}
+        self.last_hidden = self._prefill(prompts, copies)
+
+    # ------------------------------------------------------------------------------------------------ the steps
+
+    def logits(self, vocab_size: int) -> Tensor | None:
+        """Scores (B, vocab_size) float32 of the next token of every sequence; None before the last pipeline stage."""
+        if self.last_hidden is None:
+            return None
+        model = self.chunks[-1]
+        logits_BV = model.head(self.last_hidden, lambda h, w: torch.nn.functional.linear(h.float(), w.float()))
+        group = model.pg_collection.tp
+        if group.size() > 1:
+            parts = [torch.empty_like(logits_BV) for _ in range(group.size())]
+            dist.all_gather(parts, logits_BV.contiguous(), group=group)
+            logits_BV = torch.cat(parts, -1)
+        return logits_BV[:, :vocab_size]
+
+    def share(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that the last pipeline stage made, on every stage."""
+        if self.world.pipeline_size == 1:
+            assert x is not None
+            return x
+        if x is None:
+            x = torch.empty(shape, dtype=dtype, device=self.device)
+        group = self.world.groups.pp
+        dist.broadcast(x.contiguous(), src=dist.get_global_rank(group, self.world.pipeline_size - 1), group=group)
+        return x
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Put one token (int64) after every sequence and compute the hidden states that follow."""
+        missing = -tokens_B.numel() % self.split
+        positions_B = torch.nn.functional.pad(self.lengths_B, (0, missing))
+        step = DecodeStep(
+            positions_B=positions_B,
+            seq_lens_B=(positions_B + 1).int(),
+            block_table_BM=torch.arange(self.rows + missing, device=self.device, dtype=torch.int32)[:, None],
+            rope=self.trainer.rope_tables(positions_B),
+            caches=self.caches,
+        )
+        hidden = self._run(torch.nn.functional.pad(tokens_B, (0, missing)), step)
+        self.lengths_B = self.lengths_B + 1
+        self.last_hidden = None if hidden is None else hidden[: self.rows]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these sequences only (indices, int64)."""
+        self.lengths_B = self.lengths_B[rows]
+        self.rows = rows.numel()
+        index = torch.nn.functional.pad(rows, (0, -rows.numel() % self.split))
+        self.caches = {layer: tuple(c[index] for c in cache) for layer, cache in self.caches.items()}
+        if self.last_hidden is not None:
+            self.last_hidden = self.last_hidden[rows]
+
+    # ------------------------------------------------------------------------------------------------ how
+
+    def _prefill(self, prompts: list[list[int]], copies: int) -> Tensor | None:
+        lengths = torch.tensor([len(p) for p in prompts])
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
+        tokens_T = torch.tensor([t for p in prompts for t in p], device=self.device)
+        batch = MicroBatch(tokens_T, cu_seqlens)
+        batch = pad_to(batch, -(-tokens_T.numel() // self.split) * self.split)
+        positions = torch.cat([torch.arange(n) for n in (batch.cu_seqlens.cpu().diff()).tolist()]).to(self.device)
+        packed = PackedSequence(
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=int(batch.cu_seqlens.diff().max()),
+            positions_T=positions,
+            local_index_T=None,
+            gather_order_T=None,
+            next_tokens=[],
+            padding_mask_BT=None,
+            rope=self.trainer.rope_tables(positions),
+            caches={},
+        )
+        hidden = self._run(batch.tokens_T, packed)
+        assert packed.caches is not None
+        owner_B = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)
+        owner_B = torch.nn.functional.pad(owner_B, (0, -owner_B.numel() % self.split))
+        places = torch.arange(self.max_length, device=self.device)
+        # Row b of the cache is the prompt of sequence b; places past its end hold any finite value, never read.
+        source_BL = (cu_seqlens[:-1].long()[owner_B, None] + places).clamp(max=batch.tokens_T.numel() - 1)
+        self.caches = {
+            layer: tuple(x.index_select(0, source_BL.flatten()).unflatten(0, source_BL.shape) for x in stream)
+            for layer, stream in packed.caches.items()
+        }
+        if hidden is None:
+            return None
+        return hidden[cu_seqlens[1:].long() - 1].repeat_interleave(copies, 0)
+
+    def _run(self, tokens_T: Tensor, packed: Any) -> Tensor | None:
+        """Every stage in turn, over every chunk; the hidden states (T, H) on the last stage, None elsewhere."""
+        world, group = self.world, self.world.groups.pp
+        shape = (tokens_T.numel() // self.split, 1, self.trainer.model_config.hidden_size)
+        before = dist.get_global_rank(group, (world.pipeline_rank - 1) % world.pipeline_size)
+        after = dist.get_global_rank(group, (world.pipeline_rank + 1) % world.pipeline_size)
+        output = None
+        for chunk in self.chunks:
+            if not chunk.pre_process:
+                received = torch.empty(shape, dtype=chunk.config.params_dtype, device=self.device)
+                dist.recv(received, src=before, group=group)
+                chunk.set_input_tensor(received)
+            output = chunk(tokens_T, packed)
+            if not chunk.post_process:
+                dist.send(output.contiguous(), dst=after, group=group)
+        last = self.chunks[-1]
+        return last.hidden_of_all_tokens(output) if last.post_process else None

@@ -1,0 +1,151 @@
+"""Mixture of experts: our router and experts behind Megatron's layer and its token dispatchers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from r1.kernels import moe_mlp, permute, route, swiglu, unpermute
+
+
+class DenseMLP(MLP):
+    """Megatron's gated MLP with our SwiGLU between its two linears."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any) -> tuple:
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up))[0], None
+
+
+class SharedExperts(SharedExpertMLP):
+    """The experts that every token visits, as one gated MLP."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.config.moe_shared_expert_overlap:
+            return super().forward(hidden_states)
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up))[0]
+
+
+class Router(TopKRouter):
+    """DeepSeek-V3's sigmoid router: groups, a bias that only chooses, weights normalised over the chosen (V3 §2.1.2)."""
+
+    def choose(self, hidden: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (..., H) → expert ids (T, K), weights (T, K), tokens_per_expert (E); counts the load of real tokens."""
+        self._maintain_float32_expert_bias()
+        logits_TE = torch.nn.functional.linear(hidden.flatten(0, -2).float(), self.weight.float())
+        config = self.config
+        ids, weights, counts = route(
+            logits_TE,
+            self.expert_bias,
+            config.moe_router_topk,
+            config.moe_router_num_groups or 1,
+            config.moe_router_group_topk or 1,
+            config.moe_router_topk_scaling_factor,
+        )
+        if torch.is_grad_enabled():
+            load = counts
+            if padding_mask is not None:
+                real = ~padding_mask.reshape(-1)
+                load = torch.bincount(ids[real].flatten(), minlength=config.num_moe_experts)
+            self.local_tokens_per_expert += load
+        return ids, weights, counts
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Megatron's form of the choice: weights (T, E) and the map (T, E) of who goes where."""
+        ids, weights, _ = self.choose(input, padding_mask)
+        shape = (ids.shape[0], self.config.num_moe_experts)
+        probabilities = torch.zeros(shape, dtype=weights.dtype, device=weights.device).scatter(1, ids, weights)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=weights.device).scatter(1, ids, True)
+        return probabilities, chosen
+
+
+class Experts(MegatronModule):
+    """This rank's routed experts, in two tensors: gate_up (E, H, 2, F) and down (E, F, H), F split by expert-TP."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: Any,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        width = config.moe_ffn_hidden_size // self.groups.expt_tp.size()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+        def parameter(*shape: int) -> torch.nn.Parameter:
+            p = torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))
+            if config.perform_initialization:
+                config.init_method(p)
+            # Expert gradients are summed over the expert-data group, whatever the expert-parallel size is.
+            p.allreduce = False
+            return p
+
+        self.gate_up = parameter(num_local_experts, config.hidden_size, 2, width)
+        self.down = parameter(num_local_experts, width, config.hidden_size)
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias."""
+        x = permuted_local_hidden_states
+        out = moe_mlp(
+            x,
+            tokens_per_expert.to(x.device),
+            self.gate_up.flatten(2),
+            self.down,
+            permuted_probs,
+        )
+        return out, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        experts = (self.groups.ep.rank(), self.groups.ep.size())
+        width = (self.groups.expt_tp.rank(), self.groups.expt_tp.size())
+        ahead = len(sharded_offsets)
+        shards = {}
+        for name, parameter, width_axis in (("gate_up", self.gate_up, 3), ("down", self.down, 1)):
+            shards[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                parameter,
+                *sharded_offsets,
+                (ahead, *experts),
+                (ahead + width_axis, *width),
+                replica_id=(0, 0, self.groups.expt_dp.rank()),
+                prepend_axis_num=ahead,
+            )
+        return shards
+
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients; ours are made with the rest."""
+
+
+class MixtureOfExperts(MoELayer):
+    """Megatron's layer; where all experts are on this rank, tokens are sorted in place and no dispatcher is asked."""
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        local = self.ep_group.size() == 1 and self.token_dispatcher.tp_size == 1
+        if not local or intermediate_tensors is not None or self.shared_expert_overlap or self.moe_layer_recompute:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        mask = padding_mask.transpose(0, 1).bool() if padding_mask is not None else None
+        ids_TK, weights_TK, _ = self.router.choose(hidden_states, mask)
+        x_TH = hidden_states.flatten(0, 1)
+        x_PH, row_map, tokens_per_expert = permute(x_TH, ids_TK, self.config.num_moe_experts)
+        y_PH, _ = self.experts(x_PH, tokens_per_expert, weights_TK.flatten().index_select(0, row_map))
+        out = unpermute(y_PH, row_map, x_TH.shape[0], ids_TK.shape[1]).view_as(hidden_states)
+        if self.use_shared_expert:
+            out = out + self.shared_experts(hidden_states)
+        return out, None

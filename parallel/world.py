@@ -1,0 +1,117 @@
+"""Joins (or makes) the torchrun world and lays Megatron's process groups over it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from r1.parallel import bridge
+from r1.parallel.config import ParallelConfig
+
+_current: ParallelConfig | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. `data_*` counts data-parallel replicas, `sample_*` counts the processes that hold
+    different samples (data x context), which is how rollout divides its prompts."""
+
+    rank: int
+    size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    tensor_size: int
+    pipeline_size: int
+    context_size: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(parallel: ParallelConfig, seed: int = 0) -> World:
+    """Join the world in this layout; ValueError where it does not divide. Called again it changes the layout."""
+    global _current
+    parallel.data(world_size())
+    bridge.install()
+    on_gpu = torch.cuda.is_available()
+    if not dist.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        atexit.register(leave)
+    if _current is None or not parallel_state.model_parallel_is_initialized() or _layout(parallel) != _layout(_current):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+            create_gloo_process_groups=on_gpu and dist.get_backend() != "gloo",
+        )
+        _current = parallel.model_copy()
+    model_parallel_cuda_manual_seed(seed)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def leave() -> None:
+    """Give the process groups back; the next `join` makes new ones."""
+    global _current
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    _current = None
+
+
+def _layout(parallel: ParallelConfig) -> tuple[int, ...]:
+    return (
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        parallel.context,
+        parallel.expert,
+        parallel.expert_tensor,
+    )
