@@ -1,7 +1,7 @@
 """Every setting of r1, typed. The defaults are DeepSeek-R1's published values; presets/*.toml overrides them.
 
 To add a setting, add a field. To add a stage, add its class and one line in `StagesConfig`. Lengths are in tokens,
-rates in 0..1, and batch sizes are counted in the units of their names. Facts that the sources leave open are marked (?).
+rates in 0..1, and batch sizes are counted in the units of their names. What the sources leave open is marked (?).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from r1.parallel.config import ModelConfig, ParallelConfig
 
@@ -114,9 +114,10 @@ class StageConfig(Section):
             try:
                 self._with(change.set)
             except ValueError as error:
-                first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error), "loc": ()}
-                where = ".".join(str(part) for part in first["loc"])
-                raise ValueError(f"schedule at_step {change.at_step}: {where} {first['msg']}".replace("  ", " ")) from None
+                problem = error.errors()[0] if isinstance(error, ValidationError) else None
+                where = ".".join(str(part) for part in problem["loc"]) + ": " if problem else ""
+                message = problem["msg"] if problem else str(error)
+                raise ValueError(f"schedule at_step {change.at_step}: {where}{message}") from None
         return self
 
     def _with(self, settings: dict[str, Any]) -> Self:
