@@ -62,9 +62,7 @@ class ReplicatedLinear(MegatronModule):
 
     def __init__(self, config: Any, in_size: int, out_size: int) -> None:
         super().__init__(config)
-        self.weight = torch.nn.Parameter(
-            torch.empty(out_size, in_size, dtype=config.params_dtype, device=_device())
-        )
+        self.weight = torch.nn.Parameter(torch.empty(out_size, in_size, dtype=config.params_dtype, device=_device()))
         if config.perform_initialization:
             config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel

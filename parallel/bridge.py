@@ -14,8 +14,9 @@ from typing import Any
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import torch
 import warnings
+
+import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

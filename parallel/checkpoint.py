@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
@@ -29,8 +30,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete or of another model; the message is one sentence."""
 
 
-def save(trainer: Trainer, folder: str | Path, state: dict[str, Any], optimizer: bool = True) -> None:
-    """Write the weights (and optimiser) of all processes and `state` (JSON) to `folder`, replacing what was there.
+def save(
+    trainer: Trainer,
+    folder: str | Path,
+    state: dict[str, Any],
+    optimizer: bool = True,
+    reference: Trainer | None = None,
+) -> None:
+    """Write the weights (and optimiser, and a reference model's weights) of all processes and `state` (JSON) to
+    `folder`, replacing what was there.
 
     Collective: every process calls it with the same arguments. A process killed in the middle leaves the old one.
     """
@@ -44,6 +52,8 @@ def save(trainer: Trainer, folder: str | Path, state: dict[str, Any], optimizer:
     if optimizer and trainer.optimizer is not None:
         metadata = checkpoint_metadata(trainer.world)
         tensors["optimizer"] = trainer.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=metadata)
+    if reference is not None:
+        tensors["reference"] = _reference_state(reference)
     # Megatron starts a manager process (which imports the main module again) for a queue that only an asynchronous
     # save needs; in a synchronous one both ends are here.
     filesystem_async._results_queue = queue.Queue()
@@ -56,6 +66,7 @@ def save(trainer: Trainer, folder: str | Path, state: dict[str, Any], optimizer:
             "model": model,
             "value_head": trainer.value_head,
             "optimizer": "optimizer" in tensors,
+            "reference": reference is not None,
             "steps_taken": trainer.steps_taken,
             **state,
         }
@@ -86,7 +97,9 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {folder} is damaged: state.json is not JSON ({error})") from None
 
 
-def load(trainer: Trainer, folder: str | Path, optimizer: bool = False) -> dict[str, Any]:
+def load(
+    trainer: Trainer, folder: str | Path, optimizer: bool = False, reference: Trainer | None = None
+) -> dict[str, Any]:
     """Read a checkpoint into this trainer, whatever layout wrote it; returns its state.
 
     Collective. CheckpointError, with the weights as they were, where it is missing, damaged or of another shape.
@@ -109,15 +122,30 @@ def load(trainer: Trainer, folder: str | Path, optimizer: bool = False) -> dict[
             raise CheckpointError(f"checkpoint {folder} has no optimiser state to resume from")
         metadata = checkpoint_metadata(trainer.world)
         tensors["optimizer"] = trainer.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=metadata)
+    if reference is not None:
+        tensors["reference"] = _reference_state(reference)
     loaded = dist_checkpointing.load(tensors, str(folder / "shards"))
-    for index, chunk in enumerate(trainer.chunks):
-        chunk.load_state_dict(loaded["model" if len(trainer.chunks) == 1 else f"model{index}"], strict=True)
+    _fill(trainer, loaded)
+    if reference is not None:
+        _fill(reference, loaded["reference"])
     if optimizer:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
         trainer.steps_taken = int(state.get("steps_taken", 0))
     elif trainer.optimizer is not None:
         trainer.optimizer.reload_model_params()
     return state
+
+
+def _reference_state(reference: Trainer) -> dict[str, Any]:
+    state = sharded_state(reference.chunks, reference.world)
+    for part in state.values():
+        replace_prefix_for_sharding(part, "", "reference.")
+    return state
+
+
+def _fill(trainer: Trainer, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(trainer.chunks):
+        chunk.load_state_dict(loaded["model" if len(trainer.chunks) == 1 else f"model{index}"], strict=True)
 
 
 _SHAPE_FIELDS = (

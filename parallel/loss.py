@@ -92,6 +92,7 @@ class PolicyLoss:
     kl_coefficient: float = 0.0
     kl_estimator: str = "k3"
     ratio: str = "token"
+    ratio_max: float | None = None
     importance_cap: float | None = None
 
     def __call__(
@@ -103,12 +104,13 @@ class PolicyLoss:
             "kl_coefficient": self.kl_coefficient,
             "kl_estimator": self.kl_estimator,
             "ratio": self.ratio,
+            "ratio_max": self.ratio_max,
             "importance_cap": self.importance_cap,
         }
         sequence_ratio_over_context = self.ratio == "sequence" and packed.gather_order_T is not None
         field = batch.fields if sequence_ratio_over_context else {n: packed.local(x) for n, x in batch.fields.items()}
         rest = {
-            "rollout_logprobs_T": field.get("rollout_logprobs") if self.importance_cap else None,
+            "rollout_logprobs_T": field.get("rollout_logprobs"),
             "cu_seqlens": batch.cu_seqlens if self.ratio == "sequence" else None,
         }
         fixed = (field["old_logprobs"], field.get("reference_logprobs"), field["advantages"], field["weights"])
@@ -180,9 +182,7 @@ class PreferenceLoss:
         return loss, metrics
 
 
-def sequence_values(
-    model: DecoderModel, hidden: list[Tensor], batch: MicroBatch, packed: PackedSequence
-) -> Tensor:
+def sequence_values(model: DecoderModel, hidden: list[Tensor], batch: MicroBatch, packed: PackedSequence) -> Tensor:
     """The value head at the last token of each real sequence, (S) float32."""
     values_T = _whole_stream(model.value(hidden[0]), model, packed)
     count = batch.sequence_fields["real"].numel()
@@ -196,9 +196,7 @@ class TokenLogprobs:
     vocab_size: int
     temperature: float = 1.0
 
-    def __call__(
-        self, model: DecoderModel, hidden: list[Tensor], batch: MicroBatch, packed: PackedSequence
-    ) -> Tensor:
+    def __call__(self, model: DecoderModel, hidden: list[Tensor], batch: MicroBatch, packed: PackedSequence) -> Tensor:
         targets_T = packed.local(batch.fields["targets"])
         logprobs, entropy = model.head(
             hidden[0],

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,7 +32,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
@@ -353,4 +353,3 @@ def stream_multiple(parallel: ParallelConfig) -> int:
     """A micro-batch's token count must divide by this: the context split, then the sequence-parallel one."""
     context = 2 * parallel.context if parallel.context > 1 else 1
     return context * (parallel.tensor if parallel.sequence else 1)
-
