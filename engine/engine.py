@@ -221,7 +221,7 @@ class Engine:
                 "sequence_weights": torch.tensor(weight or [0.0], device=self.world.device),
             }
             batches.append(batch)
-        metrics = self._train(batches, PreferenceLoss(), lr)
+        metrics = self.policy.train_step(batches, PreferenceLoss(), lr)
         metrics["accuracy"] = metrics.pop("accuracy_sum") / max(1.0, metrics.pop("example_count"))
         return metrics
 
@@ -240,7 +240,7 @@ class Engine:
         checkpoint.save(self.policy, path, state or {}, optimizer=optimizer, reference=reference)
 
     def load(self, path: str | Path, optimizer: bool = False) -> dict[str, Any]:
-        """Read a checkpoint of any layout; with `optimizer` everything that training goes on from. Returns its state."""
+        """Read a checkpoint of any layout, with `optimizer` all that training goes on from; returns its state."""
         if optimizer and checkpoint.read_state(path).get("reference"):
             if self.reference is None:
                 self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=self.seed)
@@ -271,11 +271,7 @@ class Engine:
         lengths = [len(s.tokens) for s in samples]
         plan = pack_indices(lengths, tokens_per_micro_batch, self.world.data_size)[self.world.data_rank]
         batches = [self._training_batch([(samples[i], weights[i]) for i in part], loss) for part in plan]
-        return self._train(batches, loss, lr)
-
-    def _train(self, batches: list[MicroBatch], loss: Loss, lr: float) -> dict[str, float]:
-        metrics = self.policy.train_step(batches, loss, lr)
-        return metrics
+        return self.policy.train_step(batches, loss, lr)
 
     def _training_batch(self, part: list[tuple[Sample, float]], loss: Loss) -> MicroBatch:
         part = part or [(Sample([0], prompt_length=1), 0.0)]

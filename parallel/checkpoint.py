@@ -1,8 +1,8 @@
 """Checkpoints on Megatron's distributed format: written in one layout, read in any other.
 
-A checkpoint is a folder: Megatron's shards under `shards/`, the caller's `state.json`, and `manifest.json` with the size
-and CRC-32 of every file. It is written beside its final name and renamed when the manifest is in place, so a folder
-with the final name is whole. Reading checks the manifest first, and every tensor is read before any weight changes.
+A checkpoint is a folder: Megatron's shards under `shards/`, the caller's `state.json`, and `manifest.json` with the
+size and CRC-32 of every file. It is written beside its final name and renamed when the manifest is in place, so a
+folder with the final name is whole. Reading checks the manifest first; all is read before any weight changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the last pipeline stage does with hidden states: the losses of SFT, GRPO and reward models, and log-probabilities.
+"""What the last pipeline stage does with hidden states: losses of SFT, GRPO and reward models, log-probabilities.
 
 Every loss is a sum over tokens of `weight × something`, where the weights already carry the normalisation of the whole
 optimiser step. So it does not matter how tokens are split into micro-batches, replicas or context-parallel ranks.

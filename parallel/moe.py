@@ -36,10 +36,10 @@ class SharedExperts(SharedExpertMLP):
 
 
 class Router(TopKRouter):
-    """DeepSeek-V3's sigmoid router: groups, a bias that only chooses, weights normalised over the chosen (V3 §2.1.2)."""
+    """DeepSeek-V3's sigmoid router (V3 §2.1.2): groups, a bias that only chooses, normalised weights."""
 
     def choose(self, hidden: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (..., H) → expert ids (T, K), weights (T, K), tokens_per_expert (E); counts the load of real tokens."""
+        """hidden (..., H) → expert ids (T, K), weights (T, K), tokens_per_expert (E); counts real tokens' load."""
         self._maintain_float32_expert_bias()
         logits_TE = torch.nn.functional.linear(hidden.flatten(0, -2).float(), self.weight.float())
         config = self.config

@@ -114,13 +114,20 @@ class Trainer:
         metrics = self._reduce_metrics(outputs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        finite = torch.tensor([float(torch.isfinite(torch.tensor(metrics["loss"])))])
-        if not bool(finite.all()):
-            raise RuntimeError(f"the loss is {metrics['loss']}; the weights were left as they were")
+        if not self._gradient_is_finite():
+            raise RuntimeError(f"a gradient is not finite (loss {metrics['loss']}); the weights were left as they were")
         _, grad_norm, _ = self.optimizer.step()
         self.steps_taken += 1
         metrics["grad_norm"] = float(grad_norm)
         return metrics
+
+    def _gradient_is_finite(self) -> bool:
+        buffers = [b for w in self.wrapped for b in (*w.buffers, *w.expert_parallel_buffers)]
+        bad = torch.zeros((), device=self.world.device)
+        for buffer in buffers:
+            bad += ~torch.isfinite(buffer.grad_data.sum())
+        dist.all_reduce(bad)
+        return not bool(bad)
 
     def read(self, micro_batches: list[MicroBatch], function: Callable[..., Tensor]) -> list[Tensor]:
         """`function(model, hidden, batch, pack)` of each micro-batch without gradients.
