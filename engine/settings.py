@@ -73,6 +73,7 @@ class TaskConfig(Section):
     name: str = Field(description="a generator of reasoning-gym")
     weight: float = Field(1.0, gt=0, description="share of the prompts, relative to the other tasks")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
+    short: bool = Field(False, description="ask in a few words, where tasks.py has a short form")
 
 
 class DataConfig(Section):

@@ -1,0 +1,66 @@
+# make demo    every stage of DeepSeek-R1 on a tiny model; names its report at the end (about 10 minutes)
+# make test    the tests, without the slow ones and those that need a GPU
+# make slow    the slow tests               make gpu     the tests that need a GPU
+# make lint    ruff and mypy                make format  what ruff can put right
+# make bench   every benchmark; results go to bench/results
+# Each makes .venv and installs what it needs; a second call starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUN ?= runs/demo
+CONFIG ?= tiny
+TESTS ?= tests
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# One thread a process: the tests start several processes at once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test slow gpu lint types format bench install clean
+.DEFAULT_GOAL := demo
+
+install: $(READY)
+
+# torch comes first and on its own, so that no later package chooses another build of it.
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "r1 needs Python >= 3.11; name one: make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q $(TORCH); }
+	@echo "installing r1 and what it needs"
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/r1 pipeline --config $(CONFIG) --set run_dir=$(RUN)
+
+test: $(READY)
+	$(PYTEST) -m "not slow and not gpu" $(TESTS)
+
+slow: $(READY)
+	$(PYTEST) -m "slow and not gpu" $(TESTS)
+
+gpu: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu $(TESTS)
+
+lint: $(READY) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not know the mapping of folders into the namespace r1; links show it the same tree.
+types: $(READY)
+	@mkdir -p build/types/r1
+	@for folder in engine kernels parallel bench; do ln -sfn ../../../$$folder build/types/r1/$$folder; done
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p r1.engine -p r1.kernels -p r1.parallel
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@set -e; for file in bench/[a-z]*.py; do \
+	  name=$$(basename $$file .py); [ $$name = __init__ ] || $(BIN)/python -m r1.bench.$$name; done
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache

@@ -1,0 +1,150 @@
+"""The command line: `r1`, or `python -m r1.engine` under torchrun. Thin: each command is one call."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1.engine.config import PIPELINE, STAGES, Config, load_config, presets, to_toml
+from r1.engine.errors import UserError
+from r1.engine.logs import is_main_process, say
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        _leave()
+    except KeyboardInterrupt:
+        say("r1: interrupted; the same command goes on from the last checkpoint")
+        return 130
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        _tell(str(error))
+        return 2
+    return 0
+
+
+def run_stage(name: str, config: Config) -> None:
+    """Runs or resumes one stage and brings the report up to date."""
+    if is_main_process():
+        folder = config.stage_dir(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    importlib.import_module(f"r1.engine.stages.{name}").run(config)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.set)
+    run_stage(options.stage, config)
+    _report_on(config.run_dir)
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.set)
+    began = time.perf_counter()
+    for number, name in enumerate(PIPELINE, 1):
+        say(f"[{number}/{len(PIPELINE)}] {name} ({(time.perf_counter() - began) / 60:.1f} min so far)")
+        run_stage(name, config)
+    _report_on(config.run_dir)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config = load_config(options.config, [*options.set, f"stages.evaluate.from={options.checkpoint}"])
+    run_stage("evaluate", config)
+    _report_on(config.run_dir)
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(to_toml(load_config(options.config, options.set)), end="")
+
+
+def _report(options: argparse.Namespace) -> None:
+    _report_on(options.run)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from r1.engine.generate import generate_text
+
+    text = generate_text(
+        options.checkpoint,
+        options.prompt,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    if is_main_process():
+        print(text)
+
+
+def _report_on(run_dir: str | Path) -> None:
+    if is_main_process():
+        from r1.engine.report import write_report
+
+        say(f"report: {write_report(run_dir)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="r1", description="Trains and measures every stage of DeepSeek-R1.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    configured = argparse.ArgumentParser(add_help=False)
+    names = ", ".join(presets())
+    configured.add_argument("--config", default="tiny", metavar="NAME|FILE", help=f"a preset ({names}) or a TOML file")
+    configured.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="one setting over the file's; repeat for more"
+    )
+
+    command = commands.add_parser("pipeline", parents=[configured], help="run every stage, then write the report")
+    command.set_defaults(command=_pipeline)
+
+    command = commands.add_parser("run", parents=[configured], help="run or resume one stage")
+    command.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("evaluate", parents=[configured], help="measure a checkpoint on held-out prompts")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a stage's name or a checkpoint's folder")
+    command.set_defaults(command=_evaluate)
+
+    command = commands.add_parser("config", parents=[configured], help="print the resolved configuration as TOML")
+    command.set_defaults(command=_config)
+
+    command = commands.add_parser("report", help="write summary.json and report.html of a run")
+    command.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/demo")
+    command.set_defaults(command=_report)
+
+    command = commands.add_parser("generate", help="try a model on a prompt")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder or a stage's")
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
+    command.add_argument("--top-p", type=float, default=0.95)
+    command.add_argument("--max-tokens", type=int, default=None, help="default: what the model has room for")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(command=_generate)
+    return parser
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """parallel/ knows nothing of UserError; its CheckpointError is as much meant for the user."""
+    checkpoint = sys.modules.get("r1.parallel.checkpoint")
+    return isinstance(error, UserError) or (checkpoint is not None and isinstance(error, checkpoint.CheckpointError))
+
+
+def _tell(message: str) -> None:
+    if not is_main_process():
+        time.sleep(3)  # rank 0 mostly says the same, and torchrun then ends this process: one sentence, not one a rank
+    print(f"r1: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _leave() -> None:
+    """Ends the process groups, where a stage made some; without it torch warns at exit."""
+    world = sys.modules.get("r1.parallel.world")
+    if world is not None:
+        world.leave()

@@ -1,0 +1,63 @@
+"""`r1 generate CHECKPOINT "…"`: lets a person try a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r1.engine.errors import UserError
+
+
+def generate_text(
+    checkpoint: str | Path, prompt: str, *, temperature: float, top_p: float, max_tokens: int | None, seed: int
+) -> str:
+    """One completion of `prompt`, put into the template that the model was trained with.
+
+    `checkpoint` is a checkpoint's folder or a stage's; the tokenizer lies beside it or above. `max_tokens` without a
+    value is what the model has room for. Raises UserError where either is missing or damaged.
+    """
+    from r1.engine.config import Config
+    from r1.engine.data.tasks import Prompt, prompt_tokens
+    from r1.engine.data.tokenizer import Tokenizer
+    from r1.engine.engine import Engine, SamplingParameters
+    from r1.parallel.checkpoint import read_state
+    from r1.parallel.config import ModelConfig
+
+    folder = find_checkpoint(checkpoint)
+    state = read_state(folder)
+    if state.get("value_head"):
+        raise UserError(f"{folder} is a reward model: it scores text and cannot write any")
+    model = ModelConfig.model_validate(state["model"])
+    tokenizer = Tokenizer.load(_find_above(folder, "tokenizer.json"))
+    tokens = prompt_tokens(tokenizer, Prompt(id="user", task="user", text=prompt))
+    room = model.max_positions - len(tokens)
+    if room < 1:
+        raise UserError(f"the prompt has {len(tokens)} tokens, the model takes {model.max_positions} in all")
+    engine = Engine(Config.model_construct(model=model), train=False, vocab_size=tokenizer.vocab_size, seed=seed)
+    engine.load(folder)
+    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    try:
+        sampling = SamplingParameters(min(max_tokens or room, room), temperature, top_p, stops)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    completion = engine.generate([tokens], sampling, seed=seed)[0][0]
+    ids = completion.tokens[:-1] if completion.finished else completion.tokens
+    return tokenizer.decode(ids)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint's folder: `path` itself, or the newest one directly inside a stage's folder."""
+    path = Path(path)
+    if (path / "state.json").exists():
+        return path
+    inside = sorted(path.glob("*/state.json"), key=lambda file: file.stat().st_mtime)
+    if not inside:
+        known = "does not exist" if not path.exists() else "holds no checkpoint"
+        raise UserError(f"checkpoint {path} {known}, wanted a folder with a state.json, as a stage leaves it")
+    return inside[-1].parent
+
+
+def _find_above(folder: Path, name: str) -> Path:
+    for place in (folder, *list(folder.resolve().parents)[:3]):
+        if (place / name).exists():
+            return place / name
+    raise UserError(f"there is no {name} in {folder} nor in the folders above it")

@@ -1,0 +1,355 @@
+"""`r1 report RUN`: what a run achieved, as summary.json and as one HTML page that needs nothing else.
+
+Reads run_dir/<stage>/{metrics.jsonl, samples.jsonl, evaluation.json, timing.json} of whatever stages are there, also
+while the run still goes on. evaluation.json: {"pass@1", "cons@k", "format", "language_consistency", "reward",
+"length", "k", "tasks": {task: {"pass@1", "cons@k"}}}; of reward_model: {"heldout_accuracy"}.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1.engine.errors import UserError
+from r1.engine.logs import read_jsonl, write_json
+from r1.engine.settings import STAGES
+
+SUMMARY_KEYS = ("pass@1", "cons@k", "format", "language_consistency", "reward", "length", "seconds")
+PERCENT_KEYS = ("pass@1", "cons@k", "format", "language_consistency")
+CURVES = ("reward", "accuracy", "format", "language_consistency", "length", "kl", "entropy", "loss")
+MORE_CURVES = ("mtp_loss", "lr", "grad_norm", "tokens_per_second")
+TITLES = {
+    "pretrain": "Base model (pretrain)",
+    "r1_zero": "R1-Zero",
+    "cold_start": "Cold start: Dev1",
+    "reasoning_rl": "Reasoning RL: Dev2",
+    "rejection_sampling": "Rejection sampling",
+    "sft": "SFT: Dev3",
+    "reward_model": "Reward model",
+    "all_scenarios_rl": "RL for all scenarios: R1",
+    "distill": "Distilled student",
+    "undistilled": "Student on the original data",
+    "evaluate": "Evaluation",
+}
+
+
+@dataclass
+class Stage:
+    """What one stage left in its folder; whatever is absent is empty."""
+
+    name: str
+    evaluation: dict[str, Any]
+    timing: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.timing.get("seconds", 0.0))
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes summary.json and report.html into `run_dir`; the path of the page. UserError where there is no run."""
+    run_dir = Path(run_dir)
+    stages = read_run(run_dir)
+    summary = summarize(stages)
+    write_json(run_dir / "summary.json", summary)
+    page = run_dir / "report.html"
+    page.write_text(_page(run_dir, stages, summary), encoding="utf-8")
+    return page
+
+
+def read_run(run_dir: str | Path) -> list[Stage]:
+    """The stages of a run in the order of the paper; the undistilled student follows the distilled one."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} does not exist")
+    stages = []
+    for name in STAGES:
+        folders = [(name, run_dir / name)]
+        if name == "distill":
+            folders.append(("undistilled", run_dir / name / "undistilled"))
+        for title, folder in folders:
+            stage = Stage(
+                title,
+                _read_json(folder / "evaluation.json"),
+                _read_json(folder / "timing.json"),
+                read_jsonl(folder / "metrics.jsonl"),
+                read_jsonl(folder / "samples.jsonl"),
+            )
+            if stage.evaluation or stage.timing or stage.metrics:
+                stages.append(stage)
+    if not stages:
+        raise UserError(f"run folder {run_dir} has no stage in it, wanted one of {', '.join(STAGES)}")
+    return stages
+
+
+def summarize(stages: Iterable[Stage]) -> dict[str, Any]:
+    """summary.json: every evaluated stage's numbers, fractions in 0..1, and the seconds of the whole run."""
+    summary: dict[str, Any] = {"stages": {}}
+    seconds = 0.0
+    for stage in stages:
+        if stage.name != "undistilled":  # its time is inside distill's
+            seconds += stage.seconds
+        if "heldout_accuracy" in stage.evaluation:
+            summary["reward_model"] = {"heldout_accuracy": stage.evaluation["heldout_accuracy"]}
+        if "pass@1" in stage.evaluation:
+            values = {**stage.evaluation, "seconds": stage.seconds}
+            summary["stages"][stage.name] = {key: values.get(key) for key in SUMMARY_KEYS}
+    summary["seconds"] = round(seconds, 3)
+    return summary
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, wanted a JSON object")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 1120px;
+       margin: 2rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; } p.note { color: #5b6777; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e3e8ee; }
+th { color: #5b6777; font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+td.bar { background: linear-gradient(to right, #d6e6fa var(--share), transparent var(--share)); }
+img { max-width: 100%; } details { margin: .4rem 0; } summary { cursor: pointer; font-weight: 600; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .8rem 0 1.4rem; }
+.sample { background: #f6f8fa; border: 1px solid #e3e8ee; border-radius: 6px; padding: .6rem .8rem; min-width: 0; }
+.sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: 13px/1.45 ui-monospace, monospace; }
+.sample b { font-size: .85rem; color: #5b6777; } .question { font-weight: 600; overflow-wrap: anywhere; }
+@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } table { font-size: 13px; } }
+"""
+
+
+def _page(run_dir: Path, stages: list[Stage], summary: Mapping[str, Any]) -> str:
+    evaluated = [stage for stage in stages if "pass@1" in stage.evaluation]
+    parts = [
+        f"<h1>r1: {html.escape(run_dir.name)}</h1>",
+        f"<p class='note'>{len(stages)} stages in {_duration(summary['seconds'])}. Accuracy is measured on held-out"
+        " prompts, with the settings of stages.evaluate.</p>",
+    ]
+    if evaluated:
+        parts += ["<h2>Stages</h2>", _stage_table(evaluated), _image(_overview(evaluated), "pass@1 by stage")]
+    if "reward_model" in summary:
+        accuracy = summary["reward_model"]["heldout_accuracy"]
+        parts.append(f"<p>The reward model ranks <b>{_percent(accuracy)}</b> of the held-out pairs rightly.</p>")
+    if any(stage.evaluation.get("tasks") for stage in evaluated):
+        parts += ["<h2>Accuracy by task</h2>", _task_table(evaluated)]
+    parts += _before_and_after(evaluated)
+    curves = [(stage, _curves(stage.metrics)) for stage in stages]
+    if any(image for _, image in curves):
+        parts.append(
+            "<h2>Curves</h2><p class='note'>Against the optimiser step; faint: each step, strong: smoothed.</p>"
+        )
+        parts += [f"<h3>{_title(stage)}</h3>{_image(image, _title(stage))}" for stage, image in curves if image]
+    if any(stage.samples for stage in stages):
+        parts.append("<h2>Last samples of every stage</h2>")
+        for stage in stages:
+            if stage.samples:
+                shown = "".join(_question(row) + _sample(row, "") for row in stage.samples[-4:])
+                parts.append(f"<details><summary>{_title(stage)}</summary>{shown}</details>")
+    parts += ["<h2>Time</h2>", _time_table(stages)]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>r1: {html.escape(run_dir.name)}</title><style>{STYLE}</style></head><body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _title(stage: Stage) -> str:
+    return TITLES.get(stage.name, html.escape(stage.name))
+
+
+def _percent(value: Any) -> str:
+    return "–" if value is None else f"{100 * float(value):.1f} %"
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    return "–" if value is None else f"{float(value):.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _row(cells: Iterable[str], tag: str = "td") -> str:
+    return "<tr>" + "".join(cell if cell.startswith("<td") else f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _bar(value: Any) -> str:
+    """A cell whose background is as long as the fraction."""
+    share = 0.0 if value is None else max(0.0, min(1.0, float(value)))
+    return f"<td class='bar' style='--share:{100 * share:.1f}%'>{_percent(value)}</td>"
+
+
+def _stage_table(stages: list[Stage]) -> str:
+    counts = sorted({int(stage.evaluation["k"]) for stage in stages if stage.evaluation.get("k")})
+    cons = f"cons@{counts[0]}" if len(counts) == 1 else "cons@k"
+    head = ("stage", "pass@1", cons, "format", "one language", "reward", "mean length, tokens", "time")
+    rows = [_row(head, "th")]
+    for stage in stages:
+        values = stage.evaluation
+        cells = [_title(stage), *(_bar(values.get(key)) for key in PERCENT_KEYS)]
+        cells += [_number(values.get("reward")), _number(values.get("length"), 1)]
+        rows.append(_row([*cells, _duration(stage.seconds) if stage.timing else "–"]))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _task_table(stages: list[Stage]) -> str:
+    tasks = sorted({task for stage in stages for task in stage.evaluation.get("tasks", {})})
+    rows = [_row(["stage", *(html.escape(task) + "<br>pass@1 / cons@k" for task in tasks)], "th")]
+    for stage in stages:
+        results = [stage.evaluation.get("tasks", {}).get(task, {}) for task in tasks]
+        cells = [f"{_percent(result.get('pass@1'))} / {_percent(result.get('cons@k'))}" for result in results]
+        rows.append(_row([_title(stage), *cells]))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _time_table(stages: list[Stage]) -> str:
+    phases = list(dict.fromkeys(phase for stage in stages for phase in stage.timing.get("phases", {})))
+    rows = [_row(["stage", *(html.escape(phase) for phase in phases), "in all"], "th")]
+    for stage in stages:
+        if stage.timing:
+            spent = stage.timing.get("phases", {})
+            cells = [_duration(spent[phase]) if phase in spent else "–" for phase in phases]
+            rows.append(_row([_title(stage), *cells, _duration(stage.seconds)]))
+    return f"<table>{''.join(rows)}</table>"
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+def _before_and_after(stages: list[Stage]) -> list[str]:
+    """The same prompts answered by the first evaluated model and by R1 (or the last model there is)."""
+    models = [stage for stage in stages if stage.samples and stage.name not in ("distill", "undistilled")]
+    if len(models) < 2:
+        return []
+    first = models[0]
+    last = next((stage for stage in models if stage.name == "all_scenarios_rl"), models[-1])
+    if last is first:
+        return []
+    answers = {str(row.get("prompt")): row for row in first.samples}
+    later = {str(row.get("prompt")): row for row in last.samples}
+    shared = [prompt for prompt in answers if prompt in later][:6]
+    pairs = [(answers[prompt], later[prompt]) for prompt in shared]
+    if not pairs:  # each model's own samples, side by side
+        pairs = list(zip(first.samples[-3:], last.samples[-3:], strict=False))
+    parts = ["<h2>Before and after</h2>"]
+    for before, after in pairs:
+        if shared:
+            parts.append(_question(before))
+        else:
+            before, after = (
+                {**row, "completion": f"{row.get('prompt')}\n\n{row.get('completion')}"} for row in (before, after)
+            )
+        parts.append(f"<div class='pair'>{_sample(before, _title(first))}{_sample(after, _title(last))}</div>")
+    return parts
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return f"<div class='question'>{html.escape(str(row.get('prompt', '')))}</div>"
+
+
+def _sample(row: Mapping[str, Any], title: str) -> str:
+    notes = [f"{key.replace('_', ' ')} {value:.2f}" for key, value in row.items() if _is_score(key, value)]
+    head = " · ".join(part for part in (title, *(html.escape(note) for note in notes)) if part)
+    return f"<div class='sample'><b>{head}</b><pre>{html.escape(str(row.get('completion', '')))}</pre></div>"
+
+
+def _is_score(key: str, value: Any) -> bool:
+    return key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: it holds figures back, and may look for a display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> bytes:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "r1"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _image(svg: bytes, alternative: str) -> str:
+    data = base64.b64encode(svg).decode("ascii")
+    return f"<img alt='{html.escape(alternative, quote=True)}' src='data:image/svg+xml;base64,{data}'>"
+
+
+def _overview(stages: list[Stage]) -> bytes:
+    """pass@1 and language consistency of every evaluated model, as bars."""
+    figure = _figure(11, 3.2)
+    axes = figure.subplots()
+    labels = [TITLES.get(stage.name, stage.name).replace(": ", ":\n").replace(" (", "\n(") for stage in stages]
+    for shift, key, colour in ((-0.2, "pass@1", "#2f6fb7"), (0.2, "language_consistency", "#e0913a")):
+        heights = [100 * float(stage.evaluation.get(key) or 0.0) for stage in stages]
+        bars = axes.bar(
+            [i + shift for i in range(len(stages))], heights, 0.38, color=colour, label=key.replace("_", " ")
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, color="#5b6777")
+    axes.set_xticks(range(len(stages)), [label.replace(" on the ", "\non the ") for label in labels], fontsize=8)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel("%")
+    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.13), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _curves(rows: list[dict[str, Any]]) -> bytes:
+    """Small multiples of a stage's metrics; empty where there is nothing to draw."""
+    present = {key for row in rows for key, value in row.items() if value is not None}
+    names = [name for name in (*CURVES, *MORE_CURVES) if name in present]
+    if not names or len(rows) < 2:
+        return b""
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = _figure(11, 2.0 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, color="#2f6fb7", alpha=0.3, linewidth=1)
+        axes.plot(steps, _smooth(values), color="#2f6fb7", linewidth=1.6)
+        axes.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.set_visible(False)
+    return _svg(figure)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over a window centred on each point, an eighth of the curve wide."""
+    half = max(1, len(values) // 16)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
