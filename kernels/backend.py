@@ -1,0 +1,101 @@
+"""Which implementation runs an operator, and how operators enter torch.library.
+
+A family has up to three implementations, Python modules with the same function names: `cuda`, `triton`, and `torch`
+(reference.py, the definition). R1_KERNELS=cuda|triton|torch forces one; `auto`, the default, takes the fastest that has
+passed its tests on this kind of device, which on a CPU is `torch`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "torch")  # fastest first
+
+LIBRARY = torch.library.Library("r1", "DEF")
+
+_implementations: dict[str, dict[str, ModuleType]] = {}
+_proven: dict[tuple[str, str], frozenset[str]] = {}
+
+
+def register(family: str, backend: str, module: ModuleType, proven_on: tuple[str, ...]) -> None:
+    """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it."""
+    _implementations.setdefault(family, {})[backend] = module
+    _proven[family, backend] = frozenset(proven_on)
+
+
+def implementation(family: str, device: torch.device) -> ModuleType:
+    """The module that runs `family` on `device`.
+
+    Raises ValueError if R1_KERNELS is no backend's name, or names one that this family does not have.
+    """
+    available = _implementations[family]
+    wanted = os.environ.get("R1_KERNELS") or "auto"
+    if wanted == "auto":
+        for backend in BACKENDS:
+            if backend in available and device.type in _proven[family, backend]:
+                return available[backend]
+        return available["torch"]
+    if wanted not in BACKENDS:
+        raise ValueError(f"R1_KERNELS is {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}")
+    if wanted not in available:
+        raise ValueError(f"R1_KERNELS is {wanted!r}, but the {family} family has only: {', '.join(available)}")
+    return available[wanted]
+
+
+def operator(
+    family: str,
+    schema: str,
+    fake: Callable[..., Any],
+    save: Callable[[Any, tuple, Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines r1::<name> from its schema and returns it. Calling it runs the chosen implementation's <name>.
+
+    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable.
+    Library.define costs a fifth of what torch.library.custom_op does per call, which counts for the small model.
+    Schemas carry no default values: callers pass every argument.
+    """
+    name = schema.split("(")[0]
+
+    def run(*arguments: Any) -> Any:
+        return getattr(implementation(family, _device(arguments)), name)(*arguments)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"r1::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"r1::{name}", backward, setup_context=save, lib=LIBRARY)
+    return getattr(torch.ops.r1, name).default
+
+
+def _device(arguments: tuple) -> torch.device:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.device
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return argument[0].device
+    return torch.device("cpu")
+
+
+def require(holds: bool, argument: str, value: object, wanted: str) -> None:
+    """Raises the ValueError that every operator gives for a bad argument."""
+    if not holds:
+        raise ValueError(f"{argument} is {describe(value)}, wanted {wanted}")
+
+
+def describe(value: object) -> str:
+    """A tensor by its shape, type and device; anything else as it prints."""
+    if isinstance(value, Tensor):
+        return f"a {tuple(value.shape)} tensor of {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    return repr(value)
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in: float64 if any input has it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

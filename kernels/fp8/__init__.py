@@ -1,0 +1,233 @@
+"""The fp8 family: e4m3 values with one float32 scale for 1 x 128 (activations) or 128 x 128 (weights) of them.
+
+DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3). Letters: M rows, K the axis that is summed over, N outputs, P rows
+sorted by expert, E experts. scales are amax / 448; 1 for a block of zeros; never 0 or infinite. Values beyond the range
+saturate, NaN stays NaN and does not touch the rest of its block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1.kernels.backend import operator, register, require
+from r1.kernels.fp8 import reference
+
+register("fp8", "torch", reference, proven_on=("cpu", "cuda"))
+
+BLOCK = reference.BLOCK
+BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
+E4M3 = torch.float8_e4m3fn
+
+
+def _up(n: Any) -> Any:
+    return (n + BLOCK - 1) // BLOCK
+
+
+def _quantize_fake(rows: int) -> Any:
+    def fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+        M, K = x.shape
+        scales = (M if rows == 1 else _up(M), _up(K))
+        return x.new_empty((M, K), dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
+
+    return fake
+
+
+_quantize_1x128 = operator(
+    "fp8", "quantize_1x128(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(1)
+)
+_quantize_128x128 = operator(
+    "fp8", "quantize_128x128(Tensor w_NK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(BLOCK)
+)
+_dequantize = operator(
+    "fp8",
+    "dequantize(Tensor q_MK, Tensor scales, int rows, int columns, ScalarType dtype) -> Tensor",
+    lambda q, scales, rows, columns, dtype: q.new_empty(q.shape, dtype=dtype),
+)
+_fp8_gemm = operator(
+    "fp8",
+    "fp8_gemm(Tensor a_q_MK, Tensor a_s, Tensor b_q_NK, Tensor b_s, ScalarType out_dtype) -> Tensor",
+    lambda a, a_s, b, b_s, dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+)
+_fp8_gemm_wgrad = operator(
+    "fp8",
+    "fp8_gemm_wgrad(Tensor a_q_NM, Tensor a_s, Tensor b_q_KM, Tensor b_s, ScalarType out_dtype) -> Tensor",
+    lambda a, a_s, b, b_s, dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+)
+_fp8_grouped_gemm = operator(
+    "fp8",
+    "fp8_grouped_gemm(Tensor a_q_PK, Tensor a_s, Tensor b_q_ENK, Tensor b_s, Tensor tokens_per_expert_E, "
+    "ScalarType out_dtype) -> Tensor",
+    lambda a, a_s, b, b_s, counts, dtype: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
+)
+_fp8_grouped_gemm_wgrad = operator(
+    "fp8",
+    "fp8_grouped_gemm_wgrad(Tensor a_q_NP, Tensor a_s, Tensor b_q_KP, Tensor b_s, Tensor tokens_per_expert_E, "
+    "ScalarType out_dtype) -> Tensor",
+    lambda a, a_s, b, b_s, counts, dtype: a.new_empty((counts.shape[0], a.shape[0], b.shape[0]), dtype=dtype),
+)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    (M, K), N = x.shape, weight.shape[0]
+    q = lambda *shape: x.new_empty(shape, dtype=E4M3)
+    s = lambda *shape: x.new_empty(shape, dtype=torch.float32)
+    kept = (q(K, M), s(K, _up(M)), q(N, K), s(_up(N), _up(K))) if keep else (q(0, 0), s(0, 0), q(0, 0), s(0, 0))
+    return x.new_empty((M, N)), *kept
+
+
+def _linear_save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    x_q_KM, x_s, w_q_NK, w_s = ctx.saved_tensors
+    x_dtype, weight_dtype = ctx.dtypes
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        # A 128 x 128 block transposed is a block: the weight's values and scales serve both products.
+        grad_x = _fp8_gemm(*_quantize_1x128(grad, False), w_q_NK.t().contiguous(), w_s.t().contiguous(), x_dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _fp8_gemm_wgrad(*_quantize_1x128(grad.t().contiguous(), False), x_q_KM, x_s, weight_dtype)
+    return grad_x, grad_weight, None
+
+
+_fp8_linear = operator(
+    "fp8",
+    "fp8_linear(Tensor x_MK, Tensor weight_NK, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_fake,
+    _linear_save,
+    _linear_backward,
+)
+
+
+def _check_source(name: str, x: Tensor) -> None:
+    require(x.dim() == 2 and x.is_floating_point(), name, x, "a floating matrix")
+
+
+def quantize_1x128(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """(q e4m3 (M, K), scales float32 (M, ceil(K / 128))), one scale for 128 neighbours of a row: x ~ q * scale.
+
+    power_of_two rounds the scales up to powers of two. Raises ValueError if x is not a floating matrix.
+    """
+    _check_source("x_MK", x_MK)
+    return _quantize_1x128(x_MK.detach(), power_of_two)
+
+
+def quantize_128x128(w_NK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """(q e4m3 (N, K), scales float32 (ceil(N / 128), ceil(K / 128))), one scale for a square block. Else as above."""
+    _check_source("w_NK", w_NK)
+    return _quantize_128x128(w_NK.detach(), power_of_two)
+
+
+def dequantize(
+    q_MK: Tensor, scales: Tensor, block: tuple[int, int] = (1, BLOCK), dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """q * scale in dtype, for q with one scale a block of (1, 128) or (128, 128)."""
+    require(tuple(block) in BLOCKS, "block", block, "(1, 128) or (128, 128)")
+    _check("q_MK", q_MK, "scales", scales, block[0])
+    return _dequantize(q_MK, scales, *block, dtype)
+
+
+def _check(name: str, q: Tensor, scales_name: str, scales: Tensor, rows: int, lead: tuple[int, ...] = ()) -> None:
+    require(q.dim() == 2 + len(lead) and q.dtype == E4M3, name, q, f"a float8_e4m3fn tensor of {2 + len(lead)} axes")
+    M, K = q.shape[-2:]
+    shape = (*lead, M if rows == 1 else _up(M), _up(K))
+    require(
+        scales.shape == shape and scales.dtype == torch.float32 and scales.device == q.device,
+        scales_name, scales, f"a float32 {shape} tensor on {q.device}",
+    )  # fmt: skip
+
+
+def _check_pair(a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, b_rows: int, names: tuple[str, str]) -> None:
+    _check(names[0], a_q, "a_s", a_s, 1)
+    _check(names[1], b_q, "b_s", b_s, b_rows, tuple(b_q.shape[:-2]))
+    require(b_q.shape[-1] == a_q.shape[1] and b_q.device == a_q.device, names[1], b_q, f"a last axis of {a_q.shape[1]}")
+
+
+def fp8_gemm(
+    a_q_MK: Tensor, a_s: Tensor, b_q_NK: Tensor, b_s: Tensor, out_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """a @ b.T (M, N) in out_dtype: a quantised 1 x 128, b quantised 128 x 128, accumulated in float32."""
+    _check_pair(a_q_MK, a_s, b_q_NK, b_s, BLOCK, ("a_q_MK", "b_q_NK"))
+    return _fp8_gemm(a_q_MK, a_s, b_q_NK, b_s, out_dtype)
+
+
+def fp8_gemm_wgrad(
+    a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """a @ b.T (N, K), the weight gradient: both quantised 1 x 128 along the tokens M, that is from transposed copies."""
+    _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
+    return _fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
+
+
+def _check_counts(counts: Tensor) -> None:
+    require(
+        counts.dim() == 1 and counts.dtype in (torch.int32, torch.int64),
+        "tokens_per_expert_E", counts, "an integer (E,) tensor",
+    )  # fmt: skip
+
+
+def fp8_grouped_gemm(
+    a_q_PK: Tensor,
+    a_s: Tensor,
+    b_q_ENK: Tensor,
+    b_s: Tensor,
+    tokens_per_expert_E: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """a[rows of e] @ b[e].T for every expert e: (P, N). b_s is (E, ceil(N / 128), ceil(K / 128)); any group sizes."""
+    _check_pair(a_q_PK, a_s, b_q_ENK, b_s, BLOCK, ("a_q_PK", "b_q_ENK"))
+    _check_counts(tokens_per_expert_E)
+    require(b_q_ENK.shape[0] == len(tokens_per_expert_E), "b_q_ENK", b_q_ENK, f"{len(tokens_per_expert_E)} experts")
+    return _fp8_grouped_gemm(a_q_PK, a_s, b_q_ENK, b_s, tokens_per_expert_E, out_dtype)
+
+
+def fp8_grouped_gemm_wgrad(
+    a_q_NP: Tensor,
+    a_s: Tensor,
+    b_q_KP: Tensor,
+    b_s: Tensor,
+    tokens_per_expert_E: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """a[:, rows of e] @ b[:, rows of e].T for every expert e: (E, N, K); zero for an expert without rows.
+
+    Both are quantised 1 x 128 along P as it lies: the 128 neighbours of a scale may belong to two experts, so that no
+    padding and no count of blocks an expert is needed.
+    """
+    _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
+    _check_counts(tokens_per_expert_E)
+    return _fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
+
+
+def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T for x (..., K), with all three products of training in FP8, in x's type.
+
+    Forward: x 1 x 128, weight 128 x 128. Backward: the gradient 1 x 128 against the same weight for dx, and both
+    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. Raises ValueError for wrong shapes.
+    """
+    require(x.dim() >= 1 and x.is_floating_point(), "x", x, "a floating (..., K) tensor")
+    require(
+        weight_NK.dim() == 2 and weight_NK.shape[1] == x.shape[-1] and weight_NK.is_floating_point()
+        and weight_NK.device == x.device,
+        "weight_NK", weight_NK, f"a floating (N, {x.shape[-1]}) tensor on {x.device}",
+    )  # fmt: skip
+    keep = torch.is_grad_enabled() and (x.requires_grad or weight_NK.requires_grad)
+    return _fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, keep)[0].unflatten(0, x.shape[:-1])
+
+
+__all__ = [
+    "dequantize",
+    "fp8_gemm",
+    "fp8_gemm_wgrad",
+    "fp8_grouped_gemm",
+    "fp8_grouped_gemm_wgrad",
+    "fp8_linear",
+    "quantize_1x128",
+    "quantize_128x128",
+]

@@ -1,0 +1,108 @@
+"""The fp8 family in plain torch: e4m3 values with one float32 scale a block (DeepSeek-V3, arXiv 2412.19437, 3.3).
+
+Products are made of the values times their scales in float32: the definition, not a fast path.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+
+
+def scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
+    """amax / 448 as float32, 1 for a block of zeros; never 0, a denormal or infinite."""
+    limits = torch.finfo(torch.float32)
+    scale = (amax / LARGEST).clamp(limits.tiny, limits.max)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale)
+        # frexp gives 0.5 <= mantissa < 1: the next power of two, or the number itself.
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(max=127)
+        scale = torch.ldexp(torch.ones_like(scale), exponent)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def _blocked(x_MK: Tensor, rows: int, columns: int) -> Tensor:
+    """(M / rows, rows, K / columns, columns), filled up with zeros."""
+    M, K = x_MK.shape
+    padded = torch.nn.functional.pad(x_MK, (0, -K % columns, 0, -M % rows))
+    return padded.view(-(-M // rows), rows, -(-K // columns), columns)
+
+
+def _quantize(x_MK: Tensor, rows: int, columns: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    M, K = x_MK.shape
+    x = _blocked(x_MK.float(), rows, columns)
+    magnitude = torch.where(x.isnan(), 0.0, x.abs())
+    amax = magnitude.amax((1, 3)) if x.numel() else x.new_zeros(x.shape[0], x.shape[2])
+    scale = scales_of(amax, power_of_two)
+    # Clamp before the cast: it saturates, and NaN passes through.
+    q = (x / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return q.view(x.shape[0] * rows, x.shape[2] * columns)[:M, :K].contiguous(), scale
+
+
+def quantize_1x128(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _quantize(x_MK, 1, BLOCK, power_of_two)
+
+
+def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _quantize(w_NK, BLOCK, BLOCK, power_of_two)
+
+
+def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    M, K = q_MK.shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    spread = scales.to(wide).repeat_interleave(rows, 0)[:M].repeat_interleave(columns, 1)[:, :K]
+    return (q_MK.to(wide) * spread).to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fp8_gemm(a_q_MK: Tensor, a_s: Tensor, b_q_NK: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
+    a = dequantize(a_q_MK, a_s, 1, BLOCK, _wide(out_dtype))
+    return (a @ dequantize(b_q_NK, b_s, BLOCK, BLOCK, a.dtype).t()).to(out_dtype)
+
+
+def fp8_gemm_wgrad(a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
+    a = dequantize(a_q_NM, a_s, 1, BLOCK, _wide(out_dtype))
+    return (a @ dequantize(b_q_KM, b_s, 1, BLOCK, a.dtype).t()).to(out_dtype)
+
+
+def _counts(tokens_per_expert_E: Tensor, P: int) -> list[int]:
+    counts = tokens_per_expert_E.tolist()
+    if sum(counts) != P or min(counts, default=0) < 0:
+        raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers >= 0 whose sum is the {P} rows")
+    return counts
+
+
+def fp8_grouped_gemm(
+    a_q_PK: Tensor, a_s: Tensor, b_q_ENK: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    a = dequantize(a_q_PK, a_s, 1, BLOCK, _wide(out_dtype))
+    parts = a.split(_counts(tokens_per_expert_E, len(a)))
+    out = [
+        rows @ dequantize(b_q_ENK[e], b_s[e], BLOCK, BLOCK, a.dtype).t() for e, rows in enumerate(parts)
+    ]
+    return torch.cat(out or [a.new_empty(0, b_q_ENK.shape[1])]).to(out_dtype)
+
+
+def fp8_grouped_gemm_wgrad(
+    a_q_NP: Tensor, a_s: Tensor, b_q_KP: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    a = dequantize(a_q_NP, a_s, 1, BLOCK, _wide(out_dtype))
+    b = dequantize(b_q_KP, b_s, 1, BLOCK, a.dtype)
+    counts = _counts(tokens_per_expert_E, a.shape[1])
+    out = [x @ y.t() for x, y in zip(a.split(counts, 1), b.split(counts, 1))]
+    return torch.stack(out).to(out_dtype) if out else a.new_empty(0, len(a), len(b), dtype=out_dtype)
+
+
+def fp8_linear(x_MK: Tensor, weight_NK: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, then for the backward: x transposed and quantised along M, its scales, the weight's values and scales)."""
+    w_q, w_s = quantize_128x128(weight_NK, False)
+    y = fp8_gemm(*quantize_1x128(x_MK, False), w_q, w_s, x_MK.dtype)
+    if not keep:
+        return y, w_q.new_empty(0, 0), w_s.new_empty(0, 0), w_q.new_empty(0, 0), w_s.new_empty(0, 0)
+    return y, *quantize_1x128(x_MK.t(), False), w_q, w_s

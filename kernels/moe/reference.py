@@ -1,0 +1,192 @@
+"""The moe family in plain torch.
+
+Letters: T tokens, H hidden, E experts, K experts a token, P = T K rows sorted by expert, F width of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1.kernels.backend import wide
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    num_groups: int,
+    group_top_k: int,
+    scale: float,
+    score: str,
+    replay_ids_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = logits_TE.shape
+    logits = logits_TE.to(wide(logits_TE))
+    scores_TE = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    if replay_ids_TK is not None:
+        ids_TK = checked_ids(replay_ids_TK, E, "replay_ids_TK").clone()
+    else:
+        choice_TE = scores_TE.clone() if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
+        if num_groups > 1:
+            choice_TGE = choice_TE.view(T, num_groups, E // num_groups)
+            # The score of a group is the sum of its two best experts (DeepSeek-V3, section 2.1.2).
+            group_TG = choice_TGE.topk(min(2, E // num_groups), -1).values.sum(-1)
+            keep_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, group_top_k), True)
+            choice_TGE.masked_fill_(~keep_TG[..., None], -torch.inf)
+        ids_TK = _best(choice_TE, top_k)
+    chosen_TK = scores_TE.gather(1, ids_TK)
+    weights_TK = chosen_TK * (scale / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
+    return ids_TK, weights_TK, torch.bincount(ids_TK.flatten(), minlength=E)
+
+
+def _best(x_TE: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest of each row, largest first; overwrites x. argmax names the first of equals; topk and
+    unstable sorts name any."""
+    best = x_TE.new_empty(x_TE.shape[0], count, dtype=torch.int64)
+    for k in range(count):
+        column = best[:, k : k + 1]
+        column.copy_(x_TE.argmax(-1, keepdim=True))
+        if k + 1 < count:
+            x_TE.scatter_(1, column, -torch.inf)
+    return best
+
+
+def route_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, scale: float, score: str) -> Tensor:
+    logits = logits_TE.to(grad_TK.dtype)
+    if score == "sigmoid":
+        chosen_TK = logits.gather(1, ids_TK).sigmoid_()
+    else:
+        scores_TE = logits.softmax(-1)
+        chosen_TK = scores_TE.gather(1, ids_TK)
+    total_T1 = chosen_TK.sum(-1, keepdim=True) + 1e-20
+    shared_T1 = (grad_TK * chosen_TK).sum(-1, keepdim=True) / total_T1
+    grad_chosen_TK = (grad_TK - shared_T1) * (scale / total_T1)
+    grad_TE = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    if score == "sigmoid":
+        grad_TE.scatter_(1, ids_TK, grad_chosen_TK * chosen_TK * (1 - chosen_TK))
+    else:
+        grad_TE.scatter_(1, ids_TK, grad_chosen_TK)
+        grad_TE = torch._softmax_backward_data(grad_TE, scores_TE, -1, scores_TE.dtype)
+    return grad_TE.to(logits_TE.dtype)
+
+
+def checked_ids(ids_TK: Tensor, E: int, name: str) -> Tensor:
+    if ids_TK.numel():
+        low, high = (int(x) for x in ids_TK.aminmax())
+        if low < 0 or high >= E:
+            raise ValueError(f"{name} holds {low if low < 0 else high}, wanted 0 <= id < {E}")
+    return ids_TK
+
+
+def permute(x_TH: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids_P = checked_ids(ids_TK, num_experts, "ids_TK").flatten()
+    row_map_P = ids_P.argsort(stable=True)
+    return gather_rows(x_TH, row_map_P, ids_TK.shape[1]), row_map_P, torch.bincount(ids_P, minlength=num_experts)
+
+
+def gather_rows(x_TH: Tensor, row_map_P: Tensor, top_k: int) -> Tensor:
+    return x_TH.index_select(0, row_map_P.div(top_k, rounding_mode="floor"))
+
+
+def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """Sums each token's rows in order of k, so the result does not depend on how experts were laid out."""
+    H, dtype = y_PH.shape[1], wide(y_PH)
+    rows = (y_PH.new_empty if y_PH.shape[0] == num_tokens * top_k else y_PH.new_zeros)(num_tokens * top_k, H)
+    y_TKH = rows.index_copy_(0, row_map_P, y_PH).view(num_tokens, top_k, H)
+    if weights_TK is not None:
+        y_TKH = y_TKH * weights_TK.to(dtype)[..., None]
+    return y_TKH.sum(1, dtype=dtype).to(y_PH.dtype)
+
+
+def unpermute_backward(
+    grad_TH: Tensor, y_PH: Tensor, row_map_P: Tensor, top_k: int, weights_TK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    grad_PH = gather_rows(grad_TH, row_map_P, top_k)
+    if weights_TK is None:
+        return grad_PH, y_PH.new_empty(0)
+    dtype = wide(y_PH)
+    flat = torch.zeros_like(weights_TK.reshape(-1), dtype=dtype)
+    flat.index_copy_(0, row_map_P, (grad_PH.to(dtype) * y_PH).sum(-1))
+    weights_P1 = weights_TK.reshape(-1).index_select(0, row_map_P)[:, None]
+    return (grad_PH * weights_P1).to(y_PH.dtype), flat.view(weights_TK.shape).to(weights_TK.dtype)
+
+
+def _groups(tokens_per_expert_E: Tensor, P: int, *tensors: Tensor) -> list[tuple]:
+    """(expert, then each tensor's rows of that expert) for the experts that have any."""
+    counts = tokens_per_expert_E.tolist()
+    if sum(counts) != P or min(counts, default=0) < 0:
+        raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers >= 0 whose sum is the {P} rows")
+    parts = zip(*(t.split(counts) for t in tensors))
+    return [(e, *rows) for e, (count, rows) in enumerate(zip(counts, parts)) if count]
+
+
+def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    out_PF = x_PH.new_empty(x_PH.shape[0], weight_EHF.shape[2])
+    for e, x, out in _groups(tokens_per_expert_E, len(x_PH), x_PH, out_PF):
+        torch.mm(x, weight_EHF[e], out=out)
+    return out_PF
+
+
+def grouped_gemm_wgrad(x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """x.T @ grad for every expert (E, H, F); exactly zero for an expert with no rows."""
+    weight_EHF = x_PH.new_empty(len(tokens_per_expert_E), x_PH.shape[1], grad_PF.shape[1])
+    seen = [False] * len(weight_EHF)
+    for e, x, grad in _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF):
+        torch.mm(x.t(), grad, out=weight_EHF[e])
+        seen[e] = True
+    for e, was_seen in enumerate(seen):
+        if not was_seen:
+            weight_EHF[e].zero_()
+    return weight_EHF
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    gate, up = gate_up.to(wide(gate_up)).chunk(2, -1)
+    out = torch.nn.functional.silu(gate).mul_(up)
+    if weights is not None:
+        out.mul_(weights[..., None])
+    return out.to(gate_up.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(d gate_up, d weights or an empty tensor), with the activation made again rather than kept."""
+    dtype = wide(gate_up)
+    gate, up = gate_up.to(dtype).chunk(2, -1)
+    grad = grad.to(dtype)
+    activation = torch.nn.functional.silu(gate)
+    grad_weights = gate_up.new_empty(0)
+    if weights is not None:
+        grad_weights = (grad * up).mul_(activation).sum(-1).to(weights.dtype)
+        grad = grad * weights.to(dtype)[..., None]
+    grad_gate_up = torch.empty_like(gate_up, dtype=dtype, memory_format=torch.contiguous_format)
+    grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+    torch.mul(grad, activation, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    return grad_gate_up.to(gate_up.dtype), grad_weights
+
+
+def moe_mlp(
+    x_PH: Tensor, tokens_per_expert_E: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, weights_P: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    gate_up_PF = grouped_gemm(x_PH, gate_up_EHF, tokens_per_expert_E)
+    return grouped_gemm(swiglu(gate_up_PF, weights_P), down_EFH, tokens_per_expert_E), gate_up_PF
+
+
+def moe_mlp_backward(
+    grad_PH: Tensor,
+    x_PH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_P: Tensor | None,
+    gate_up_PF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d x, d gate_up weight, d down weight, d weights_P or an empty tensor)."""
+    grad_middle_PF = grouped_gemm(grad_PH, down_EFH.transpose(1, 2), tokens_per_expert_E)
+    middle_PF = swiglu(gate_up_PF, weights_P)
+    grad_down = grouped_gemm_wgrad(middle_PF, grad_PH, tokens_per_expert_E)
+    grad_gate_up_PF, grad_weights = swiglu_backward(grad_middle_PF, gate_up_PF, weights_P)
+    grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
+    grad_x = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
+    return grad_x, grad_gate_up, grad_down, grad_weights
