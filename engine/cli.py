@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from r1.engine.logs import is_main_process, say
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
     options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
     try:
         options.command(options)
         _leave()

@@ -15,6 +15,7 @@ def generate_text(
     `checkpoint` is a checkpoint's folder or a stage's; the tokenizer lies beside it or above. `max_tokens` without a
     value is what the model has room for. Raises UserError where either is missing or damaged.
     """
+    folder = find_checkpoint(checkpoint)  # first, as the imports take seconds
     from r1.engine.config import Config
     from r1.engine.data.tasks import Prompt, prompt_tokens
     from r1.engine.data.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ def generate_text(
     from r1.parallel.checkpoint import read_state
     from r1.parallel.config import ModelConfig
 
-    folder = find_checkpoint(checkpoint)
     state = read_state(folder)
     if state.get("value_head"):
         raise UserError(f"{folder} is a reward model: it scores text and cannot write any")

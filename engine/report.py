@@ -132,7 +132,8 @@ td.bar { background: linear-gradient(to right, #d6e6fa var(--share), transparent
 img { max-width: 100%; } details { margin: .4rem 0; } summary { cursor: pointer; font-weight: 600; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .8rem 0 1.4rem; }
 .sample { background: #f6f8fa; border: 1px solid #e3e8ee; border-radius: 6px; padding: .6rem .8rem; min-width: 0; }
-.sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: 13px/1.45 ui-monospace, monospace; }
+.sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0;
+              font: 13px/1.45 ui-monospace, monospace; }
 .sample b { font-size: .85rem; color: #5b6777; } .question { font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 700px) { .pair { grid-template-columns: 1fr; } table { font-size: 13px; } }
 """
@@ -140,10 +141,11 @@ img { max-width: 100%; } details { margin: .4rem 0; } summary { cursor: pointer;
 
 def _page(run_dir: Path, stages: list[Stage], summary: Mapping[str, Any]) -> str:
     evaluated = [stage for stage in stages if "pass@1" in stage.evaluation]
+    count = sum(stage.name != "undistilled" for stage in stages)
     parts = [
         f"<h1>r1: {html.escape(run_dir.name)}</h1>",
-        f"<p class='note'>{len(stages)} stages in {_duration(summary['seconds'])}. Accuracy is measured on held-out"
-        " prompts, with the settings of stages.evaluate.</p>",
+        f"<p class='note'>{count} stages in {_duration(summary['seconds'])}. Accuracy is measured on held-out prompts,"
+        " with the settings of stages.evaluate.</p>",
     ]
     if evaluated:
         parts += ["<h2>Stages</h2>", _stage_table(evaluated), _image(_overview(evaluated), "pass@1 by stage")]

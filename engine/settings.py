@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
+REWARDS = ("accuracy", "format", "language_consistency", "reward_model")
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name nearest to `name`, or '' where none is near."""
@@ -92,6 +94,13 @@ class RewardConfig(Section):
     name: str = Field(description="a registered reward, or 'module.path:function'")
     weight: float = 1.0
     prompts: Literal["all", "reasoning", "general"] = Field("all", description="kind of prompt it is given for")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if ":" not in self.name and self.name not in REWARDS:
+            hint = did_you_mean(self.name, REWARDS)
+            raise ValueError(f"reward {self.name!r}, wanted {', '.join(REWARDS)} or 'module.path:function'{hint}")
+        return self
 
 
 class Change(Section):
