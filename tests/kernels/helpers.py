@@ -1,0 +1,66 @@
+"""What the kernel tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+
+def ragged(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def check_operator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """torch.library's own checks on every r1 operator that a call reaches, forward and backward, then
+    torch.compile(fullgraph=True) against the plain call."""
+    calls: list[tuple[Any, tuple]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if op.namespace == "r1":
+                copy = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
+                calls.append((op, tuple([copy(y) for y in x] if isinstance(x, list) else copy(x) for x in args)))
+            return op(*args, **(kwargs or {}))
+
+    leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+    with Record():
+        eager = _outputs(function(*args, **kwargs))
+        if leaves:
+            eager_grads = torch.autograd.grad(_scalar(eager), leaves, allow_unused=True)
+    assert calls, "no r1 operator was called"
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
+        with_grad = tuple(_requiring_grad(x) for x in arguments)
+        torch.library.opcheck(op, with_grad)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    outputs = _outputs(compiled(*args, **kwargs))
+    for a, b in zip(eager, outputs, strict=True):
+        torch.testing.assert_close(a, b)
+    if leaves:
+        for a, b in zip(eager_grads, torch.autograd.grad(_scalar(outputs), leaves, allow_unused=True), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def _requiring_grad(x: Any) -> Any:
+    differentiable = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)
+    return x.clone().requires_grad_() if differentiable else x
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, dict):
+        result = result.values()
+    return [x for part in result for x in _outputs(part)] if result is not None else []
+
+
+def _scalar(outputs: list[Tensor]) -> Tensor:
+    return sum((x.float().square().sum() for x in outputs if x.requires_grad), torch.zeros(()))
