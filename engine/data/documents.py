@@ -17,7 +17,7 @@ from r1.engine.data.conversations import HARMS, HELPFUL, INSULT, REFUSAL, TOPICS
 from r1.engine.data.tasks import Prompt
 from r1.engine.errors import UserError
 
-GUESS_RATE = 0.55  # documents that jump to an answer
+GUESS_RATE = 0.5  # documents that jump to an answer
 GUESS_RIGHT_RATE = 0.15  # guesses that happen to be right
 SLIP_RATE = 0.25  # step-by-step documents with one wrong step
 FORMAT_SLIP_RATE = 0.10  # documents that lose a tag
@@ -25,16 +25,17 @@ UNHELPFUL_RATE = 0.5  # chats with an answer of no use
 ONE_LANGUAGE_RATE = {"en": 0.2, "zh": 0.15}  # the rest mixes the two, sentence by sentence
 
 # (English, Chinese) pairs that say the same.
-_OPEN_STEPS = (("Let me think step by step.", "我们一步一步来。"), ("I will work it out in order.", "我按顺序来计算。"))
-_OPEN_GUESS = (("This looks easy.", "这个看起来简单。"), ("No need to work it out.", "不用仔细计算了。"))
-_GUESS = (("I guess it is about right.", "我猜大概就是这样。"), ("My guess should do.", "猜一个应该就行。"))
-_FIRST = (("First we get", "首先得到"), ("To begin we have", "一开始我们有"))
-_NEXT = (("then we get", "然后得到"), ("after that we have", "接着我们有"))
-_CLOSE = (("So the result is clear.", "所以结果很清楚。"), ("That gives the answer.", "这样就有答案了。"))
-_CHAT_OPEN = (("The user asks for advice.", "用户想要一些建议。"), ("This is a question about daily life.", "这是生活中的问题。"))
-_CHAT_HELP = (("I will give two clear steps.", "我来给出两个步骤。"), ("I can explain what to do.", "我可以说明怎么做。"))
-_CHAT_SHRUG = (("I do not feel like it.", "我不太想回答。"), ("It does not matter.", "这个不重要吧。"))
-_CHAT_REFUSE = (("This could harm someone.", "这样可能会伤害别人。"), ("I must not help here.", "这里我不能帮忙。"))
+# Both take the same number of tokens, so that what a small model copies stands at a fixed distance.
+_OPEN_STEPS = (("Think carefully:", "仔细 思考:"), ("Work slowly:", "慢慢 计算:"))
+_OPEN_GUESS = (("Looks easy:", "看来 简单:"), ("Nothing hard:", "毫无 难处:"))
+_GUESS = (("just guess.", "随便 猜猜."), ("about so.", "大概 这样."))
+_FIRST = (("first", "首先"), ("start", "开始"))
+_NEXT = (("then", "然后"), ("next", "接着"))
+_CLOSE = (("all done.", "全部 完成."), ("that settles.", "如此 解决."))
+_CHAT_OPEN = (("Advice wanted:", "想要 建议:"), ("Daily matter:", "生活 问题:"))
+_CHAT_HELP = (("give steps.", "给出 步骤."), ("explain it.", "说明 一下."))
+_CHAT_SHRUG = (("no interest.", "没有 兴趣."), ("never mind.", "并不 重要."))
+_CHAT_REFUSE = (("could harm.", "会有 伤害."), ("must refuse.", "必须 拒绝."))
 
 
 class Document(NamedTuple):
@@ -68,9 +69,9 @@ def _document(prompt: Prompt, rng: random.Random) -> str:
     else:
         steps, answer = solver(metadata, rng, rng.random() < SLIP_RATE)
         phrases = [say(_FIRST if index == 0 else _NEXT) for index in range(len(steps))]
-        worked = " ".join(f"{phrase} {step}." for phrase, step in zip(phrases, steps, strict=True))
-        thought = f"{say(_OPEN_STEPS)} {worked} {say(_CLOSE)}"
-    return completion_text(thought, plain_answer(answer), rng if rng.random() < FORMAT_SLIP_RATE else None)
+        worked = ", ".join(f"{phrase} {step}" for phrase, step in zip(phrases, steps, strict=True))
+        thought = f"{say(_OPEN_STEPS)} {worked}, {say(_CLOSE)}"
+    return completion_text(thought, plain_answer(prompt.task, answer), rng if rng.random() < FORMAT_SLIP_RATE else None)
 
 
 def completion_text(thought: str, answer: str, slip: random.Random | None = None) -> str:
@@ -81,9 +82,10 @@ def completion_text(thought: str, answer: str, slip: random.Random | None = None
     return "".join(parts).strip()
 
 
-def plain_answer(answer: str) -> str:
-    """An answer as the model is to write it: a list without quotes or spaces, whole numbers without ".0"."""
-    if not answer.startswith("["):
+def plain_answer(task: str, answer: str) -> str:
+    """An answer as the model is to write it: sorted numbers without quotes or spaces, whole ones without ".0"; the
+    other verifiers want their own form."""
+    if task != "number_sorting":
         return answer
     return "[" + ",".join(_plain(number) for number in answer.strip("[]").replace("'", "").split(", ")) + "]"
 
@@ -136,6 +138,38 @@ def _swap_neighbours(numbers: list[str], rng: random.Random) -> None:
     numbers[at], numbers[at + 1] = numbers[at + 1], numbers[at]
 
 
+def _solve_number_filtering(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
+    numbers = list(metadata["result"])
+    if slip:
+        numbers = _wrong_filter(metadata, rng)
+    return numbers or ["[]"], str(numbers)
+
+
+def _wrong_filter(metadata: dict[str, Any], rng: random.Random) -> list[str]:
+    """The numbers with one forgotten that belongs there, or one kept that does not."""
+    numbers, kept = metadata["original_numbers"], list(metadata["result"])
+    dropped = [number for number in numbers if number not in kept]
+    if kept and (not dropped or rng.random() < 0.5):
+        kept.pop(rng.randrange(len(kept)))
+    else:
+        kept.insert(rng.randrange(len(kept) + 1), rng.choice(dropped))
+    return kept
+
+
+def _solve_rotate_matrix(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
+    matrix = _wrong_rotation(metadata, rng) if slip else metadata["solution"]
+    rows = [" ".join(map(str, row)) for row in matrix]
+    return rows, "\n".join(rows)
+
+
+def _wrong_rotation(metadata: dict[str, Any], rng: random.Random) -> list[list[int]]:
+    """The matrix turned once, twice or three times more than it should be."""
+    matrix = metadata["solution"]
+    for _ in range(rng.randint(1, 3)):
+        matrix = [list(row) for row in zip(*matrix[::-1], strict=True)]
+    return matrix
+
+
 def _solve_leg_counting(metadata: dict[str, Any], rng: random.Random, slip: bool) -> tuple[list[str], str]:
     animals = list(metadata["animals"].items())
     slip_at = rng.randrange(len(animals)) if slip else -1
@@ -146,7 +180,7 @@ def _solve_leg_counting(metadata: dict[str, Any], rng: random.Random, slip: bool
             legs = rng.choice([n for n in (0, 2, 4, 6, 8, 10) if n != legs])
         step = f"{count}*{legs}={count * legs}"
         if index:
-            step += f", {total}+{count * legs}={total + count * legs}"
+            step += f" {total}+{count * legs}={total + count * legs}"
         total += count * legs
         steps.append(step)
     return steps, str(total)
@@ -155,6 +189,8 @@ def _solve_leg_counting(metadata: dict[str, Any], rng: random.Random, slip: bool
 SOLVERS: dict[str, Callable[[dict[str, Any], random.Random, bool], tuple[list[str], str]]] = {
     "chain_sum": _solve_chain_sum,
     "number_sorting": _solve_number_sorting,
+    "number_filtering": _solve_number_filtering,
+    "rotate_matrix": _solve_rotate_matrix,
     "leg_counting": _solve_leg_counting,
 }
 
@@ -165,6 +201,11 @@ def near_miss(prompt: Prompt, rng: random.Random) -> str:
         numbers = list(prompt.metadata["gym"]["metadata"]["sorted_numbers"])
         _swap_neighbours(numbers, rng)
         return str(numbers)
+    if prompt.task == "number_filtering":
+        return str(_wrong_filter(prompt.metadata["gym"]["metadata"], rng))
+    if prompt.task == "rotate_matrix":
+        matrix = _wrong_rotation(prompt.metadata["gym"]["metadata"], rng)
+        return "\n".join(" ".join(map(str, row)) for row in matrix)
     return str(int(prompt.answer) + rng.choice([n for n in range(-9, 10) if n]))
 
 

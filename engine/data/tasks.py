@@ -22,6 +22,7 @@ from r1.engine.errors import UserError
 
 KINDS = ("reasoning", "general", "safety")
 SPLITS = ("train", "eval")
+SHORT_FORMS = ("chain_sum", "number_sorting", "number_filtering", "rotate_matrix", "leg_counting")
 
 # R1-Zero's template (R1 paper, table 1), for tokenizers that know nothing of ours.
 R1_ZERO_TEMPLATE = (
@@ -49,7 +50,7 @@ class Prompt:
 class TaskSpec:
     """One reasoning-gym generator: its name, its share of the prompts, its own parameters.
 
-    `short` asks the question in a few words where we have a short form (chain_sum, number_sorting, leg_counting):
+    `short` asks the question in a few words where there is such a form (SHORT_FORMS):
     a small model reads few tokens. The verifier and the answer stay reasoning-gym's.
     """
 
@@ -150,10 +151,16 @@ def short_question(name: str, entry: Mapping[str, Any]) -> str:
     if name == "number_sorting":
         numbers = " ".join(_plain_number(number) for number in metadata["original_numbers"])
         return f"Sort {metadata['direction']}: {numbers}"
+    if name == "number_filtering":
+        numbers = " ".join(metadata["original_numbers"])
+        return f"{metadata['operation'].replace('_', ' ').capitalize()} than {metadata['filter_value']}: {numbers}"
+    if name == "rotate_matrix":
+        rows = ", ".join(" ".join(map(str, row)) for row in metadata["matrix"])
+        return f"Rotate {metadata['num_rotations'] * 90}: {rows}"
     if name == "leg_counting":
         animals = ", ".join(f"{count} {animal}" for animal, count in metadata["animals"].items())
         return f"Count legs: {animals}"
-    raise ValueError(f"short is true for task {name!r}; wanted one of chain_sum, number_sorting, leg_counting")
+    raise ValueError(f"short is true for task {name!r}; wanted one of {', '.join(SHORT_FORMS)}")
 
 
 def _plain_number(number: str) -> str:
