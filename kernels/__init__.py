@@ -1,4 +1,4 @@
-"""r1's operators: each usable alone, on tensors. One folder a family; see backend.py for how implementations are chosen."""
+"""r1's operators: each usable alone, on tensors. One folder a family; backend.py says how a backend is chosen."""
 
 from r1.kernels.fp8 import (
     dequantize,

@@ -57,7 +57,7 @@ def operator(
 ) -> Any:
     """Defines r1::<name> from its schema and returns it. Calling it runs the chosen implementation's <name>.
 
-    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable.
+    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` the gradients.
     Library.define costs a fifth of what torch.library.custom_op does per call, which counts for the small model.
     Schemas carry no default values: callers pass every argument.
     """
@@ -69,9 +69,14 @@ def operator(
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"r1::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"r1::{name}", backward, setup_context=save, lib=LIBRARY)
-    return getattr(torch.ops.r1, name).default
+    overload = getattr(torch.ops.r1, name).default
+    if not overload._schema.is_mutable:
+
+        def no_gradient(ctx: Any, *gradients: Any) -> Any:
+            raise NotImplementedError(f"r1::{name} has no gradient")
+
+        torch.library.register_autograd(f"r1::{name}", backward or no_gradient, setup_context=save, lib=LIBRARY)
+    return overload
 
 
 def _device(arguments: tuple) -> torch.device:

@@ -160,7 +160,7 @@ def fp8_gemm(
 def fp8_gemm_wgrad(
     a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """a @ b.T (N, K), the weight gradient: both quantised 1 x 128 along the tokens M, that is from transposed copies."""
+    """a @ b.T (N, K), the weight gradient: both quantised 1 x 128 along the tokens M, from transposed copies."""
     _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
     return _fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
 
@@ -209,7 +209,7 @@ def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x @ weight.T for x (..., K), with all three products of training in FP8, in x's type.
 
     Forward: x 1 x 128, weight 128 x 128. Backward: the gradient 1 x 128 against the same weight for dx, and both
-    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. Raises ValueError for wrong shapes.
+    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. ValueError for wrong shapes.
     """
     require(x.dim() >= 1 and x.is_floating_point(), "x", x, "a floating (..., K) tensor")
     require(

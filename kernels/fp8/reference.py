@@ -83,9 +83,7 @@ def fp8_grouped_gemm(
 ) -> Tensor:
     a = dequantize(a_q_PK, a_s, 1, BLOCK, _wide(out_dtype))
     parts = a.split(_counts(tokens_per_expert_E, len(a)))
-    out = [
-        rows @ dequantize(b_q_ENK[e], b_s[e], BLOCK, BLOCK, a.dtype).t() for e, rows in enumerate(parts)
-    ]
+    out = [rows @ dequantize(b_q_ENK[e], b_s[e], BLOCK, BLOCK, a.dtype).t() for e, rows in enumerate(parts)]
     return torch.cat(out or [a.new_empty(0, b_q_ENK.shape[1])]).to(out_dtype)
 
 

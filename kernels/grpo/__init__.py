@@ -199,7 +199,7 @@ def grpo_loss(
                                              + kl_coefficient x KL_t ),   r = exp(logprobs - old_logprobs)
 
     - token_weights_T carry the aggregation (see aggregation_weights) and are 0 outside completions, so the loss of a
-      step is the sum over its micro-batches however they are split. Where the weight is 0 the other inputs are not read.
+      step is the sum over its micro-batches however they are split. Where the weight is 0 nothing else is read.
     - kl_estimator of KL(policy || reference), with d = reference - policy: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
     - ratio = "sequence" takes the geometric mean of r over each sequence (GSPO, arXiv 2507.18071); needs cu_seqlens.
     - ratio_max bounds r where A < 0 (two-sided or dual clip, arXiv 1912.09729).
@@ -207,8 +207,8 @@ def grpo_loss(
       log-probabilities differ; 1 without it. Needs rollout_logprobs_T.
 
     Only logprobs_T gets a gradient. Metrics are 0-d sums over the tokens with a weight, to be added over micro-batches
-    and ranks: token_count, ratio_sum, clip_low_count, clip_high_count, clip_dual_count, kl_k1_sum, kl_k2_sum, kl_k3_sum,
-    importance_weight_sum, importance_cap_count, mismatch_abs_sum and mismatch_k3_sum (old against rollout).
+    and ranks: token_count, ratio_sum, clip_low_count, clip_high_count, clip_dual_count, kl_k1_sum, kl_k2_sum,
+    kl_k3_sum, importance_weight_sum, importance_cap_count, mismatch_abs_sum, mismatch_k3_sum (old against rollout).
 
     Raises ValueError for wrong shapes or devices, advantages that are not finite, and options out of range.
     """
@@ -217,7 +217,9 @@ def grpo_loss(
         cu_seqlens, clip_low, clip_high, kl_coefficient, kl_estimator, ratio, ratio_max, rollout_logprobs_T,
         importance_cap,
     )  # fmt: skip
-    require(logprobs_T.dim() == 1 and logprobs_T.is_floating_point(), "logprobs_T", logprobs_T, "a floating (T,) tensor")
+    require(
+        logprobs_T.dim() == 1 and logprobs_T.is_floating_point(), "logprobs_T", logprobs_T, "a floating (T,) tensor"
+    )
     loss, sums, _ = _grpo_loss(
         logprobs_T,
         old_logprobs_T.detach(),
@@ -340,7 +342,9 @@ def aggregation_weights(
     (arXiv 2503.20783). A sequence of length 0 has weight 0. When lengths_S is a part of what one step sees,
     num_sequences and num_tokens give the counts of the whole.
     """
-    require(lengths_S.dim() == 1 and not lengths_S.is_floating_point(), "lengths_S", lengths_S, "an integer (S,) tensor")
+    require(
+        lengths_S.dim() == 1 and not lengths_S.is_floating_point(), "lengths_S", lengths_S, "an integer (S,) tensor"
+    )
     require(aggregation in AGGREGATIONS, "aggregation", aggregation, f"one of {', '.join(AGGREGATIONS)}")
     lengths = lengths_S.double()
     sequences = max(num_sequences if num_sequences is not None else len(lengths_S), 1)

@@ -87,8 +87,8 @@ def mla_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention over sequences packed end to end: out (T, N, Dv), in q's type, softmax in float32.
 
-    q is (T, N, D); k (S, M, D) and v (S, M, Dv) where M divides N (grouped queries). With k_rope_SD, shared by all heads
-    (DeepSeek-V2, arXiv 2405.04434), k is (S, M, D - Dr) and the key is [k | k_rope]. cu_seqlens int32 or int64 are the
+    q is (T, N, D); k (S, M, D) and v (S, M, Dv) where M divides N (grouped queries). With k_rope_SD, shared by all
+    heads (DeepSeek-V2, arXiv 2405.04434), k is (S, M, D - Dr) and the key is [k | k_rope]. cu_seqlens int32 are the
     bounds of the sequences in the key stream, from 0 to S; max_seqlen at least their longest. query_index_T int64 gives
     each query's row in the key stream (default: its own, T = S): a context-parallel rank passes its queries and all
     keys. A query sees the keys of its sequence up to its own row. The result of a row depends on its sequence alone.
@@ -133,7 +133,9 @@ def mla_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_cache(name: str, cache: Tensor, dims: int, q_BND: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor) -> None:
+def _check_cache(
+    name: str, cache: Tensor, dims: int, q_BND: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor
+) -> None:
     require(q_BND.dim() == 3 and q_BND.is_floating_point(), "q_BND", q_BND, "a floating (B, N, D) tensor")
     require(
         cache.dim() == dims and cache.shape[-1] == q_BND.shape[2] and cache.device == q_BND.device,
@@ -170,7 +172,7 @@ def gqa_decode(
 ) -> Tensor:
     """One query a sequence against its cached keys and values: out (B, N, Dv).
 
-    k_cache is (blocks, block size, M, D), v_cache (blocks, block size, M, Dv); M divides N. The rest is as in mla_decode.
+    k_cache is (blocks, block size, M, D), v_cache (blocks, block size, M, Dv); M divides N. Else as mla_decode.
     """
     _check_cache("k_cache", k_cache, 4, q_BND, block_table_BM, seq_lens_B)
     require(
@@ -184,7 +186,7 @@ def gqa_decode(
 def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_B: Tensor) -> None:
     """Writes rows[b] into kv_cache, in place, at position positions_B[b] of the sequence of block_table_BM[b].
 
-    kv_cache is contiguous (blocks, block size, ...), rows (B, ...): latents for MLA, keys or values for grouped queries.
+    kv_cache is contiguous (blocks, block size, ...), rows (B, ...): latents for MLA, keys or values for GQA.
     Several tokens of one sequence are rows whose table rows are the same. A negative position is left out.
     Raises ValueError for wrong shapes or types, or a position beyond the table.
     """
@@ -199,9 +201,12 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
         "block_table_BM", block_table_BM, f"an int32 ({B}, M) tensor",
     )  # fmt: skip
     require(
-        positions_B.shape == (B,) and positions_B.dtype in integers, "positions_B", positions_B, f"an int64 ({B},) tensor"
+        positions_B.shape == (B,) and positions_B.dtype in integers,
+        "positions_B",
+        positions_B,
+        f"an int64 ({B},) tensor",
     )
-    _append_kv(kv_cache, rows, block_table_BM, positions_B)
+    _append_kv(kv_cache, rows.detach(), block_table_BM, positions_B)
 
 
 __all__ = ["append_kv", "gqa_decode", "mla_attention", "mla_decode"]

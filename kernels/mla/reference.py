@@ -64,12 +64,11 @@ class _Heads:
             into_TND.index_copy_(0, self.rows.index_select(0, self.real), x.index_select(0, self.real))
 
 
-def _work(
-    cu_seqlens: Tensor, query_index_T: Tensor | None
-) -> Iterator[tuple[_Heads, _Heads, Tensor]]:
+def _work(cu_seqlens: Tensor, S: int, query_index_T: Tensor | None) -> Iterator[tuple[_Heads, _Heads, Tensor]]:
     """(queries, keys, place of each query among its sequence's keys) batch by batch."""
-    bounds = cu_seqlens.tolist()
-    device = cu_seqlens.device
+    bounds, device = cu_seqlens.tolist(), cu_seqlens.device
+    if bounds[0] != 0 or bounds[-1] != S or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"cu_seqlens is {bounds}, wanted 0 first, {S}, the keys, last, and no step down")
     if query_index_T is None:
         for batch in _batches(tuple(b - a for a, b in zip(bounds, bounds[1:])), device):
             heads = _Heads(*batch)
@@ -135,7 +134,7 @@ def mla_attention(
     q = q_TND.to(dtype) * scale
     k, v = _full_keys(k_SMD, v_SMD, k_rope_SD, N, dtype)
     out_TND, lse_TN = q.new_zeros(T, N, v.shape[2]), q.new_zeros(T, N)
-    for queries, keys, place in _work(cu_seqlens, query_index_T):
+    for queries, keys, place in _work(cu_seqlens, len(k), query_index_T):
         q_GLD, k_GLD, v_GLD = queries.load(q), keys.load(k), keys.load(v)
         out_GLD, lse_GL = v_GLD.new_empty(*q_GLD.shape[:2], v.shape[2]), q_GLD.new_empty(*q_GLD.shape[:2], 1)
         buffer = _buffer(q_GLD, keys.length)
@@ -171,7 +170,7 @@ def mla_attention_backward(
     # sum over the value axis of grad x out, what the softmax's gradient takes off
     offset_TN1 = (grad * out_TND).sum(-1, keepdim=True)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for queries, keys, place in _work(cu_seqlens, query_index_T):
+    for queries, keys, place in _work(cu_seqlens, len(k), query_index_T):
         q_GLD, k_GLD, v_GLD, grad_GLD = queries.load(q), keys.load(k), keys.load(v), queries.load(grad)
         lse_GL1, offset_GL1 = queries.load(lse_TN.unsqueeze(-1)), queries.load(offset_TN1)
         if queries.real is not None:
@@ -212,8 +211,11 @@ def mla_attention_backward(
 def _pages(cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(the cached rows of each sequence (B, L, ...), which of them are unused (B, L)); unused rows are 0, so that what
     stands in free pages, NaN included, takes no part."""
-    block_size = cache.shape[1]
-    pages = -(-int(seq_lens_B.max()) // block_size) if len(seq_lens_B) else 0
+    block_size, longest = cache.shape[1], int(seq_lens_B.max()) if len(seq_lens_B) else 0
+    pages, width = -(-longest // block_size), block_table_BM.shape[1]
+    if pages > width:
+        room = f"{width} pages x {block_size} = {width * block_size}"
+        raise ValueError(f"seq_lens_B holds {longest}, wanted at most the table's {room}")
     place = torch.arange(pages * block_size, device=cache.device)
     unused_BL = place >= seq_lens_B[:, None]
     # Entries of the table beyond a sequence's end may hold anything.

@@ -189,15 +189,13 @@ def route(
     """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): (ids_TK int64, weights_TK, tokens_per_expert_E int64).
 
     Scores are sigmoid (or softmax) of the logits in float32. The choice is by score + bias: the group_top_k best of
-    num_groups groups (a group's score is the sum of its two best), then the top_k best experts in them, best first, ties
-    to the lower id. Weights are the chosen scores without bias, divided by their sum (+ 1e-20), times scale, in float32.
+    num_groups groups (a group's score is the sum of its two best), then the top_k best experts in them, best first,
+    ties to the lower id. Weights are the chosen scores without bias over their sum (+ 1e-20), times scale, in float32.
     replay_ids_TK int64 takes the place of the choice. Gradients go through the weights to the logits; bias_E has none.
 
     Raises ValueError for wrong shapes, types or devices, counts that do not fit, or replayed ids out of range.
     """
-    require(
-        logits_TE.dim() == 2 and logits_TE.is_floating_point(), "logits_TE", logits_TE, "a floating (T, E) tensor"
-    )
+    require(logits_TE.dim() == 2 and logits_TE.is_floating_point(), "logits_TE", logits_TE, "a floating (T, E) tensor")
     T, E = logits_TE.shape
     if bias_E is not None:
         require(
@@ -236,9 +234,7 @@ def permute(x_TH: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
     return _permute(x_TH, ids_TK, num_experts)
 
 
-def unpermute(
-    y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None
-) -> Tensor:
+def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
     """The sum of each token's rows, times weights_TK if given: y_TH (num_tokens, H). Undoes permute.
 
     row_map_P int64 gives t K + k of every row, each at most once; a pair without a row adds nothing. Differentiable in

@@ -22,11 +22,11 @@ _adamw_step = operator(
 _grad_norm = operator(
     "optim",
     "grad_norm(Tensor[] grads) -> Tensor",
-    lambda grads: grads[0].new_empty(
-        (), dtype=torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    )
-    if grads
-    else torch.empty(()),
+    lambda grads: (
+        grads[0].new_empty((), dtype=torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32)
+        if grads
+        else torch.empty(())
+    ),
 )
 
 
@@ -50,8 +50,8 @@ def adamw_step(
     """One AdamW step (arXiv 1711.05101) on lists of tensors, in place: params, both moments, and masters if given.
 
     Arithmetic is in float32 (float64 for float64 parameters); moments may be bfloat16, and so may parameters, with
-    float32 `masters` as the truth from which they are rounded. stochastic_rounding rounds bfloat16 parameters up or down
-    at random so that the mean is kept, with noise that depends on (seed, step) alone. Gradients are taken times
+    float32 `masters` as the truth from which they are rounded. stochastic_rounding rounds bfloat16 parameters up or
+    down at random so that the mean is kept, with noise that depends on (seed, step) alone. Gradients are taken times
     grad_scale. `step` counts from 1. Deterministic.
 
     Raises ValueError for lists that do not match in number, shape or device, and for numbers out of range.
@@ -63,7 +63,9 @@ def adamw_step(
         require(len(tensors) == len(params), name, f"{len(tensors)} tensors", f"{len(params)}, as many as params")
         for i, (a, b) in enumerate(zip(tensors, params)):
             if a.shape != b.shape or a.device != b.device:
-                require(False, f"{name}[{i}]", a, f"the shape and device of params[{i}], {tuple(b.shape)} on {b.device}")
+                require(
+                    False, f"{name}[{i}]", a, f"the shape and device of params[{i}], {tuple(b.shape)} on {b.device}"
+                )
     require(len({p.dtype for p in params}) <= 1, "params", [p.dtype for p in params], "tensors of one type")
     require(step >= 1, "step", step, "an integer >= 1")
     require(lr >= 0, "lr", lr, "a number >= 0")
