@@ -167,7 +167,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
         return ids, logprobs_BV.gather(1, ids[:, None]).squeeze(1)
     probabilities = logprobs_BV.double().exp()
     if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)
         place = _invert(ordered, uniform_B)
         ids = order.gather(1, place[:, None]).squeeze(1)

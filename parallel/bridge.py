@@ -40,7 +40,8 @@ class _NoStream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    def record_event(self, event: Any = None) -> None: ...
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
 
     def synchronize(self) -> None: ...
 

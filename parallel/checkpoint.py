@@ -48,6 +48,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "shards").mkdir(parents=True)
     dist.barrier()
+    trainer.gather_weights()
     tensors = sharded_state(trainer.chunks, trainer.world)
     if optimizer and trainer.optimizer is not None:
         metadata = checkpoint_metadata(trainer.world)
@@ -239,6 +240,7 @@ def _write(path: Path, text: str) -> None:
 @torch.no_grad()
 def copy_weights(source: Trainer, target: Trainer) -> None:
     """Make `target` the same model as `source`, on this process's shards (same layout)."""
+    source.gather_weights()
     for ours, theirs in zip(target.chunks, source.chunks, strict=True):
         state = theirs.state_dict()
         ours.load_state_dict({k: v.detach().clone() if torch.is_tensor(v) else v for k, v in state.items()})

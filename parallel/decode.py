@@ -28,6 +28,7 @@ class Decoder:
     """
 
     def __init__(self, trainer: Trainer, prompts: list[list[int]], copies: int, max_length: int) -> None:
+        trainer.gather_weights()
         self.trainer, self.world = trainer, trainer.world
         self.device = trainer.world.device
         self.chunks = trainer.chunks
@@ -66,7 +67,9 @@ class Decoder:
 
     def append(self, tokens_B: Tensor) -> None:
         """Put one token (int64) after every sequence and compute the hidden states that follow."""
-        missing = -tokens_B.numel() % self.split
+        missing = self._padded(tokens_B.numel()) - tokens_B.numel()
+        if missing + tokens_B.numel() > next(iter(self.caches.values()))[0].shape[0]:
+            self._grow(missing + tokens_B.numel())
         positions_B = torch.nn.functional.pad(self.lengths_B, (0, missing))
         step = DecodeStep(
             positions_B=positions_B,
@@ -83,19 +86,30 @@ class Decoder:
         """Go on with these sequences only (indices, int64)."""
         self.lengths_B = self.lengths_B[rows]
         self.rows = rows.numel()
-        index = torch.nn.functional.pad(rows, (0, -rows.numel() % self.split))
-        self.caches = {layer: tuple(c[index] for c in cache) for layer, cache in self.caches.items()}
+        self.caches = {layer: tuple(c[rows] for c in cache) for layer, cache in self.caches.items()}
         if self.last_hidden is not None:
             self.last_hidden = self.last_hidden[rows]
 
     # ------------------------------------------------------------------------------------------------ how
+
+    def _padded(self, count: int) -> int:
+        """Tokens that go through the model where `count` are wanted: as the layout needs."""
+        (common,) = self.trainer.common_lengths([-(-count // self.split) * self.split])
+        return common
+
+    def _grow(self, rows: int) -> None:
+        """Room for the padding rows."""
+        self.caches = {
+            layer: tuple(torch.cat([c, c[:1].expand(rows - c.shape[0], *c.shape[1:])]) for c in cache)
+            for layer, cache in self.caches.items()
+        }
 
     def _prefill(self, prompts: list[list[int]], copies: int) -> Tensor | None:
         lengths = torch.tensor([len(p) for p in prompts])
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
         tokens_T = torch.tensor([t for p in prompts for t in p], device=self.device)
         batch = MicroBatch(tokens_T, cu_seqlens)
-        batch = pad_to(batch, -(-tokens_T.numel() // self.split) * self.split)
+        batch = pad_to(batch, self._padded(tokens_T.numel()))
         positions = torch.cat([torch.arange(n) for n in (batch.cu_seqlens.cpu().diff()).tolist()]).to(self.device)
         packed = PackedSequence(
             cu_seqlens=batch.cu_seqlens,
@@ -111,7 +125,6 @@ class Decoder:
         hidden = self._run(batch.tokens_T, packed)
         assert packed.caches is not None
         owner_B = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)
-        owner_B = torch.nn.functional.pad(owner_B, (0, -owner_B.numel() % self.split))
         places = torch.arange(self.max_length, device=self.device)
         # Row b of the cache is the prompt of sequence b; places past its end hold any finite value, never read.
         source_BL = (cu_seqlens[:-1].long()[owner_B, None] + places).clamp(max=batch.tokens_T.numel() - 1)

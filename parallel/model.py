@@ -14,9 +14,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -210,6 +217,14 @@ class DecoderModel(GPTModel):
             )
         return hidden_states
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, except that its language model cannot be without an output layer, as a reward model is."""
+        if self.post_process and self.output_layer is None:
+            return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
     def hidden_of_all_tokens(self, hidden: Tensor) -> Tensor:
         """(T / tp, 1, H) → (T, H), whole on every tensor-parallel rank; the ranks then compute the same loss."""
         if self.config.sequence_parallel:
@@ -233,9 +248,9 @@ def build(
     model: ModelConfig, parallel: ParallelConfig, world: World, seed: int, value_head: bool = False
 ) -> list[DecoderModel]:
     """This rank's chunks of the model (one, or `virtual_pipeline` of them) with weights that depend on `seed` alone,
-    not on the layout. A reward model (`value_head`) has a scalar head and no MTP."""
+    not on the layout. A reward model (`value_head`) has a scalar head, nothing tied to the embedding, and no MTP."""
     if value_head:
-        model = model.model_copy(update={"num_mtp_layers": 0})
+        model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     parallel.check_model(model)
     config = decoder_config(model, parallel)
     chunks = []
@@ -261,9 +276,22 @@ def build(
             vp_stage=stage,
             value_head=value_head,
         )
+        _mark_split_weights(chunk)
         chunks.append(chunk.to(world.device))
     initialise(chunks, model.init_std, seed, world)
     return chunks
+
+
+def _mark_split_weights(chunk: DecoderModel) -> None:
+    """Say which weights are split over tensor-parallel ranks: Megatron does so only when it draws them itself, and
+    leaves unmarked ones out of the gradient norm on all ranks but the first."""
+    for module in chunk.modules():
+        axis = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            split = [module.weight] if axis else [module.weight, getattr(module, "bias", None)]
+            for parameter in split:
+                if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
 def _mtp_spec(model: ModelConfig) -> ModuleSpec:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -83,16 +84,18 @@ class Experts(MegatronModule):
         width = config.moe_ffn_hidden_size // self.groups.expt_tp.size()
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-        def parameter(*shape: int) -> torch.nn.Parameter:
+        def parameter(*shape: int, split: int) -> torch.nn.Parameter:
             p = torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))
             if config.perform_initialization:
                 config.init_method(p)
             # Expert gradients are summed over the expert-data group, whatever the expert-parallel size is.
             p.allreduce = False
+            # Not a copy of another tensor-parallel rank's: else the gradient norm would leave it out there.
+            set_tensor_model_parallel_attributes(p, True, split, 1)
             return p
 
-        self.gate_up = parameter(num_local_experts, config.hidden_size, 2, width)
-        self.down = parameter(num_local_experts, width, config.hidden_size)
+        self.gate_up = parameter(num_local_experts, config.hidden_size, 2, width, split=3)
+        self.down = parameter(num_local_experts, width, config.hidden_size, split=1)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor

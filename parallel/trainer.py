@@ -18,7 +18,7 @@ from torch import Tensor
 from r1.parallel.config import ModelConfig, ParallelConfig, Section
 from r1.parallel.loss import Loss
 from r1.parallel.model import DTYPES, DecoderModel, build, rope_for, stream_multiple
-from r1.parallel.packing import MicroBatch, pack, pad_to
+from r1.parallel.packing import MicroBatch, empty_like, pack, pad_to
 from r1.parallel.world import World
 
 
@@ -53,6 +53,7 @@ class Trainer:
         self.optimizer: Any = None
         self.adam = adam
         self.steps_taken = 0
+        self._weights_on_their_way = False
         if adam is not None:
             self._make_trainable(adam)
 
@@ -117,9 +118,18 @@ class Trainer:
         if not self._gradient_is_finite():
             raise RuntimeError(f"a gradient is not finite (loss {metrics['loss']}); the weights were left as they were")
         _, grad_norm, _ = self.optimizer.step()
+        self._weights_on_their_way = self.parallel.overlap_param_gather
         self.steps_taken += 1
         metrics["grad_norm"] = float(grad_norm)
         return metrics
+
+    def gather_weights(self) -> None:
+        """With `overlap_param_gather` the next training forward fetches the updated weights from the other replicas;
+        whoever reads them before must fetch them first. Collective."""
+        if self._weights_on_their_way:
+            for module in self.wrapped:
+                module.start_param_sync(force_sync=True)
+            self._weights_on_their_way = False
 
     def _gradient_is_finite(self) -> bool:
         buffers = [b for w in self.wrapped for b in (*w.buffers, *w.expert_parallel_buffers)]
@@ -135,12 +145,13 @@ class Trainer:
         A function returns rows for the whole stream of tokens (or for the sequences); they come back on every process
         of the replica, without the padding.
         """
+        self.gather_weights()
         for module in self.wrapped:
             module.eval()
         with torch.no_grad():
             outputs = self._schedule(micro_batches, functools.partial(_rows_of, function=function), forward_only=True)
         outputs = self._from_last_stage(outputs)
-        return [x[: b.tokens_T.numel()] for x, b in zip(outputs, micro_batches, strict=True)]
+        return [x[: b.tokens_T.numel()] for x, b in zip(outputs, micro_batches)]
 
     def _schedule(self, micro_batches: list[MicroBatch], finish: functools.partial, forward_only: bool) -> list[Any]:
         batches = self._padded(micro_batches)
@@ -171,11 +182,16 @@ class Trainer:
     def _padded(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch on every replica")
+        if self.parallel.virtual_pipeline > 1:
+            # Interleaved stages take micro-batches in rounds of the pipeline's length.
+            missing = -len(micro_batches) % self.parallel.pipeline
+            micro_batches = [*micro_batches, *[empty_like(micro_batches[0])] * missing]
         multiple = stream_multiple(self.parallel)
         lengths = [max(multiple, -(-b.tokens_T.numel() // multiple) * multiple) for b in micro_batches]
         if self.parallel.pipeline > 1:
             # Pipeline stages exchange activations of one shape.
             lengths = [max(lengths)] * len(lengths)
+        lengths = self.common_lengths(lengths)
         result = []
         for batch, length in zip(micro_batches, lengths, strict=True):
             real = batch.tokens_T.numel()
@@ -188,6 +204,15 @@ class Trainer:
                 padded.fields["padding"] = padding
             result.append(padded)
         return result
+
+    def common_lengths(self, lengths: list[int]) -> list[int]:
+        """Megatron's allgather dispatcher needs equally many tokens on every rank; others take them as they are."""
+        experts = self.parallel.expert * self.parallel.expert_tensor
+        if self.parallel.dispatcher != "allgather" or not self.model_config.is_moe or experts == 1:
+            return lengths
+        longest = torch.tensor(lengths, device=self.world.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        return longest.tolist()
 
     # ------------------------------------------------------------------------------------------------ reductions
 
