@@ -203,7 +203,7 @@ class Engine:
         batches = []
         for chosen_units in plan:
             order = [i for u in chosen_units for i in units[u]]
-            batch = self._pack([texts[i] for i in order] or [[0]])
+            batch = self._pack([texts[i] for i in order])
             partner, label, weight = [], [], []
             for u in chosen_units:
                 example = examples[u]
@@ -274,8 +274,8 @@ class Engine:
         return self.policy.train_step(batches, loss, lr)
 
     def _training_batch(self, part: list[tuple[Sample, float]], loss: Loss) -> MicroBatch:
-        part = part or [(Sample([0], prompt_length=1), 0.0)]
         batch = self._pack([s.tokens for s, _ in part])
+        part = part or [(Sample([0], prompt_length=1), 0.0)]
         columns: dict[str, list[float]] = {"weights": []}
         if isinstance(loss, PolicyLoss):
             columns.update({"advantages": [], "old_logprobs": []})
@@ -301,8 +301,13 @@ class Engine:
         return batch
 
     def _pack(self, texts: Sequence[list[int]]) -> MicroBatch:
-        """Texts end to end, with the next token of each as its target."""
+        """Texts end to end, with the next token of each as its target. No text makes one token that counts for
+        nothing: every replica takes part in every micro-batch."""
         device = self.world.device
+        if not texts:
+            batch = self._pack([[0]])
+            batch.fields["padding"] = torch.ones(1, dtype=torch.bool, device=device)
+            return batch
         tokens_T = torch.tensor([t for text in texts for t in text], dtype=torch.long, device=device)
         ends = torch.tensor([len(text) for text in texts]).cumsum(0)
         cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
@@ -320,7 +325,7 @@ class Engine:
     ) -> list[tuple[list[float], ...]]:
         """`function`'s columns for every text: of its tokens, or (`by_text`) of the text as a whole."""
         plan = pack_indices([len(t) for t in texts], tokens_per_micro_batch, self.world.data_size)[self.world.data_rank]
-        batches = [self._pack([texts[i] for i in part] or [[0]]) for part in plan]
+        batches = [self._pack([texts[i] for i in part]) for part in plan]
         outputs = trainer.read(batches, function)
         mine: dict[int, tuple[list[float], ...]] = {}
         for part, output in zip(plan, outputs, strict=True):

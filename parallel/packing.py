@@ -43,14 +43,15 @@ def pad_to(batch: MicroBatch, length: int) -> MicroBatch:
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
     """A micro-batch of one token that counts for nothing, with the same fields."""
+    fields = {name: x.new_zeros(1) for name, x in batch.fields.items()}
+    fields["padding"] = torch.ones_like(batch.tokens_T[:1], dtype=torch.bool)
+    # −1: neither a pair nor a labelled text.
+    blanks = {name: 0 if name == "sequence_weights" else -1 for name in batch.sequence_fields}
     return MicroBatch(
         tokens_T=batch.tokens_T.new_zeros(1),
         cu_seqlens=batch.cu_seqlens.new_tensor([0, 1]),
-        fields={name: x.new_zeros(1) for name, x in batch.fields.items()},
-        # −1: neither a pair nor a labelled text.
-        sequence_fields={
-            name: x.new_full((1,), -1 if name != "sequence_weights" else 0) for name, x in batch.sequence_fields.items()
-        },
+        fields=fields,
+        sequence_fields={name: x.new_full((1,), blanks[name]) for name, x in batch.sequence_fields.items()},
     )
 
 

@@ -199,9 +199,8 @@ class Trainer:
             padded.sequence_fields = dict(padded.sequence_fields)
             padded.sequence_fields["real"] = batch.cu_seqlens[1:]
             if length > real:
-                padding = torch.zeros(length, dtype=torch.bool, device=batch.tokens_T.device)
-                padding[real:] = True
-                padded.fields["padding"] = padding
+                padding = batch.fields.get("padding", torch.zeros_like(batch.tokens_T, dtype=torch.bool))
+                padded.fields["padding"] = torch.nn.functional.pad(padding, (0, length - real), value=True)
             result.append(padded)
         return result
 
