@@ -309,8 +309,8 @@ def _check_grpo(
         )  # fmt: skip
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_coefficient", kl_coefficient)):
         require(value >= 0, name, value, "a number >= 0")
-    for name, value in (("ratio_max", ratio_max), ("importance_cap", importance_cap)):
-        require(value is None or value > 0, name, value, "None or a number > 0")
+    for name, bound in (("ratio_max", ratio_max), ("importance_cap", importance_cap)):
+        require(bound is None or bound > 0, name, bound, "None or a number > 0")
     require(kl_estimator in KL_ESTIMATORS, "kl_estimator", kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
     require(ratio in RATIOS, "ratio", ratio, f"one of {', '.join(RATIOS)}")
     require(

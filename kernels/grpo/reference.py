@@ -5,6 +5,9 @@ Letters: T packed tokens, H hidden, V this rank's rows of the vocabulary, C toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -23,7 +26,8 @@ class _Shard:
     """This rank's rows of the head: `weight_VH` without padding rows, `first` the global id of row 0, and the group."""
 
     def __init__(self, weight_VH: Tensor, vocab_size: int, group_name: str) -> None:
-        self.group = distributed_c10d._resolve_process_group(group_name) if group_name else None
+        name = cast("distributed_c10d.GroupName", group_name)
+        self.group = distributed_c10d._resolve_process_group(name) if group_name else None
         rank = self.group.rank() if self.group else 0
         ways = self.group.size() if self.group else 1
         rows = weight_VH.shape[0]
@@ -214,33 +218,34 @@ def grpo_loss(
         at = int((active & ~torch.isfinite(advantages_T)).nonzero()[0])
         raise ValueError(f"advantages_T[{at}] is {float(advantages_T[at])}, wanted a finite number")
 
-    def masked(x_T: Tensor) -> Tensor:
+    def masked(x_T: Tensor | None) -> Tensor:
         # Outside the completions anything may stand, NaN included.
+        assert x_T is not None
         return torch.where(active, x_T.to(dtype), 0)
 
     logp, old = masked(logprobs_T), masked(old_logprobs_T)
     advantage, weight = masked(advantages_T), masked(token_weights_T)
     log_ratio = logp - old
-    sequence, count = None, None
+    over_sequence: Callable[[Tensor], Tensor] | None = None
     if cu_seqlens is not None:
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        sequence = torch.repeat_interleave(lengths, output_size=logp.numel())
-        count = _by_sequence(active.to(dtype), sequence, len(lengths)).clamp(min=1)
-        log_ratio = masked((_by_sequence(log_ratio, sequence, len(lengths)) / count)[sequence])
+        over_sequence = _sequence_mean(cu_seqlens, active)
+        log_ratio = over_sequence(log_ratio)
     ratio = log_ratio.exp()
     bounded = ratio if ratio_max is None else ratio.clamp(max=ratio_max)
     free, clipped = bounded * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     importance = torch.ones_like(ratio)
+    mismatch = old - masked(rollout_logprobs_T) if rollout_logprobs_T is not None else logp.new_zeros(())
     if importance_cap is not None:
-        importance = masked((old - masked(rollout_logprobs_T)).exp().clamp(max=importance_cap))
+        importance = masked(mismatch.exp().clamp(max=importance_cap))
 
     # d min(free, clipped) / d log ratio
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
     slope = torch.where(free <= clipped, bounded == ratio, inside) * advantage * ratio
     loss = -torch.minimum(free, clipped) * importance * weight
     gradient = -slope * importance * weight
-    if sequence is not None:
-        gradient = masked((_by_sequence(gradient, sequence, len(count)) / count)[sequence])
+    if over_sequence is not None:
+        # The mean is its own transpose.
+        gradient = over_sequence(gradient)
 
     zero = logp.new_zeros(())
     kl = {"k1": zero, "k2": zero, "k3": zero}
@@ -249,11 +254,10 @@ def grpo_loss(
         growth = toward.expm1()
         kl = {"k1": -toward, "k2": 0.5 * toward.square(), "k3": growth - toward}
         if kl_coefficient:
-            slope = {"k1": 1.0, "k2": -toward, "k3": -growth}[kl_estimator]
+            slope = {"k1": torch.ones_like(logp), "k2": -toward, "k3": -growth}[kl_estimator]
             loss = loss + kl_coefficient * weight * kl[kl_estimator]
             gradient = gradient + kl_coefficient * weight * slope
 
-    mismatch = old - masked(rollout_logprobs_T) if rollout_logprobs_T is not None else zero
     sums = {
         "token_count": active,
         "ratio_sum": masked(ratio),
@@ -272,5 +276,18 @@ def grpo_loss(
     return loss.sum(dtype=torch.float64).to(dtype), metrics, gradient.to(logprobs_T.dtype)
 
 
-def _by_sequence(x_T: Tensor, sequence_T: Tensor, count: int) -> Tensor:
-    return x_T.new_zeros(count).index_add_(0, sequence_T, x_T)
+def _sequence_mean(cu_seqlens: Tensor, active_T: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function that puts the mean over a sequence's active tokens in the place of each of them, 0 elsewhere."""
+    lengths_S = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    if int(lengths_S.sum()) != len(active_T) or bool((lengths_S < 0).any()):
+        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}, wanted 0 first, {len(active_T)} last and no step down")
+    sequence_T = torch.repeat_interleave(lengths_S, output_size=len(active_T))
+
+    def total(x_T: Tensor) -> Tensor:
+        return x_T.new_zeros(len(lengths_S)).index_add_(0, sequence_T, x_T)
+
+    def mean(x_T: Tensor) -> Tensor:
+        count_S = total(active_T.to(x_T.dtype)).clamp(min=1)
+        return torch.where(active_T, (total(x_T) / count_S)[sequence_T], 0)
+
+    return mean

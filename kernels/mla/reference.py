@@ -38,10 +38,10 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> list[tuple[int, 
     for batch in batches:
         L = lengths[batch[0]]
         first = torch.tensor([starts[s] for s in batch])[:, None]
-        length = torch.tensor([lengths[s] for s in batch])[:, None]
+        length_B1 = torch.tensor([lengths[s] for s in batch])[:, None]
         place = torch.arange(L)
-        real = (place < length).flatten()
-        rows = (first + torch.minimum(place, length - 1)).flatten().to(device)
+        real = (place < length_B1).flatten()
+        rows = (first + torch.minimum(place, length_B1 - 1)).flatten().to(device)
         result.append((len(batch), L, rows, None if real.all() else real.nonzero().squeeze(1).to(device)))
     return result
 
@@ -246,8 +246,12 @@ def gqa_decode(
     k_BLMD, unused_BL = _pages(k_cache, block_table_BM, seq_lens_B, dtype)
     v_BLMD, _ = _pages(v_cache, block_table_BM, seq_lens_B, dtype)
     q_BMGD = (q_BND.to(dtype) * scale).unflatten(1, (M, -1))
-    scores_BMGL = q_BMGD @ k_BLMD.permute(0, 2, 3, 1)
-    return (_softmax(scores_BMGL, unused_BL[:, None, None]) @ v_BLMD.transpose(1, 2)).flatten(1, 2).to(q_BND.dtype)
+    out_BMGD = q_BMGD.new_empty(*q_BMGD.shape[:3], v_BLMD.shape[3])
+    for m in range(M):
+        # One key head at a time is a batch of strided matrices, which bmm takes as it lies.
+        scores_BGL = torch.bmm(q_BMGD[:, m], k_BLMD[:, :, m].transpose(1, 2))
+        out_BMGD[:, m] = torch.bmm(_softmax(scores_BGL, unused_BL[:, None]), v_BLMD[:, :, m])
+    return out_BMGD.flatten(1, 2).to(q_BND.dtype)
 
 
 def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_B: Tensor) -> None:

@@ -55,12 +55,16 @@ def _permute_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
 
 
+def _permute_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    return _unpermute(grad, ctx.saved_tensors[0], ctx.T, ctx.K, None), None, None
+
+
 _permute = operator(
     "moe",
     "permute(Tensor x_TH, Tensor ids_TK, int num_experts) -> (Tensor, Tensor, Tensor)",
     lambda x, ids, E: (x.new_empty((ids.numel(), x.shape[1])), ids.new_empty(ids.numel()), ids.new_empty(E)),
     _permute_save,
-    lambda ctx, grad, *_: (_unpermute(grad, ctx.saved_tensors[0], ctx.T, ctx.K, None), None, None),
+    _permute_backward,
 )
 
 

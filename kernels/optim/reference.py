@@ -30,7 +30,7 @@ def adamw_step(
     dtype = weights[0].dtype
     g = [x.to(dtype) for x in grads]
     if grad_scale != 1.0:
-        g = torch._foreach_mul(g, grad_scale)
+        g = list(torch._foreach_mul(g, grad_scale))
     m, v = _widened(exp_avgs), _widened(exp_avg_sqs)
     torch._foreach_lerp_(m, g, 1 - beta1)
     torch._foreach_mul_(v, beta2)

@@ -16,7 +16,7 @@ from r1.kernels import (
     quantize_1x128,
     quantize_128x128,
 )
-from tests.kernels.helpers import check_operator, leaf
+from tests.kernels.helpers import leaf
 
 E4M3 = torch.float8_e4m3fn
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -158,9 +158,9 @@ def test_linear(seed: int) -> None:
 
 
 def test_library_checks_and_compile(seed: int) -> None:
-    check_operator(lambda x, w: fp8_linear(x, w), leaf(3, 130), leaf(5, 130))
-    # opcheck's comparison knows no float8 outputs; the quantisers are checked for everything else.
+    # opcheck's comparison knows no float8; the operators are checked for everything else.
     checks = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.r1.fp8_linear.default, (leaf(3, 130), leaf(5, 130), True), test_utils=checks)
     for op in (torch.ops.r1.quantize_1x128.default, torch.ops.r1.quantize_128x128.default):
         torch.library.opcheck(op, (torch.randn(3, 130), False), test_utils=checks)
     (aq, a_s), (bq, b_s) = quantize_1x128(torch.randn(3, 130)), quantize_128x128(torch.randn(5, 130))
@@ -185,6 +185,11 @@ def test_library_checks_and_compile(seed: int) -> None:
     x, w = torch.randn(3, 130), torch.randn(5, 130)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, w), both(x, w))
+    x, w = leaf(3, 130), leaf(5, 130)
+    linear = torch.compile(fp8_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(linear(x, w), fp8_linear(x, w))
+    want = torch.autograd.grad(fp8_linear(x, w).sum(), (x, w))
+    torch.testing.assert_close(torch.autograd.grad(linear(x, w).sum(), (x, w)), want)
 
 
 def test_bad_input() -> None:
