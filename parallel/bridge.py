@@ -112,6 +112,9 @@ def _has_transformer_engine() -> bool:
 
 
 def _answer_for_cuda() -> None:
+    # `with torch.device("meta")` knows the factories by a list made at its first use, which must hold the real ones:
+    # else it passes the wrapped ones by, and transformers' from_pretrained silently leaves its rotary tables unset.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)
