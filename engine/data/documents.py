@@ -8,7 +8,7 @@ of the problems, in two languages, and leaves reinforcement learning something t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
@@ -24,8 +24,10 @@ FORMAT_SLIP_RATE = 0.10  # documents that lose a tag
 UNHELPFUL_RATE = 0.5  # chats with an answer of no use
 ONE_LANGUAGE_RATE = {"en": 0.2, "zh": 0.15}  # the rest mixes the two, sentence by sentence
 
-# (English, Chinese) pairs that say the same.
-# Both take the same number of tokens, so that what a small model copies stands at a fixed distance.
+CLEAN_SHARE, FULL_NOISE_SHARE = 0.55, 0.85  # of the pretraining documents, in reading order
+
+Phrases = tuple[tuple[str, str], ...]  # (English, Chinese) pairs that say the same
+# Both languages take the same number of tokens, so that what a small model copies stands at a fixed distance.
 _OPEN_STEPS = (("Think carefully:", "仔细 思考:"), ("Work slowly:", "慢慢 计算:"))
 _OPEN_GUESS = (("Looks easy:", "看来 简单:"), ("Nothing hard:", "毫无 难处:"))
 _GUESS = (("just guess.", "随便 猜猜."), ("about so.", "大概 这样."))
@@ -45,33 +47,45 @@ class Document(NamedTuple):
     completion: str
 
 
-def pretraining_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
-    """One document a prompt, deterministic: worked solutions (right, wrong, malformed), chats (helpful or not).
+def pretraining_documents(prompts: Sequence[Prompt], seed: int) -> list[Document]:
+    """One document a prompt, in the order in which to read them: a curriculum. The first CLEAN_SHARE are worked
+    step by step without a slip; then guesses, slips, lost tags and useless chats grow to their full rates, which
+    hold from FULL_NOISE_SHARE on, so that the base model ends where the raw data are.
 
-    These are also the original data on which the undistilled student is trained.
+    Deterministic. A prompt may occur several times: each time gets another document.
     UserError for a reasoning task that has no worked-solution generator.
     """
     rng = random.Random(f"{seed}/documents")
-    return [Document(prompt, _document(prompt, rng)) for prompt in prompts]
+    documents = []
+    for index, prompt in enumerate(prompts):
+        noise = (index / len(prompts) - CLEAN_SHARE) / (FULL_NOISE_SHARE - CLEAN_SHARE)
+        documents.append(Document(prompt, _document(prompt, rng, min(1.0, max(0.0, noise)))))
+    return documents
 
 
-def _document(prompt: Prompt, rng: random.Random) -> str:
+def original_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
+    """One raw document a prompt, all faults at their full rates: the data that the undistilled student learns from."""
+    rng = random.Random(f"{seed}/original")
+    return [Document(prompt, _document(prompt, rng, 1.0)) for prompt in prompts]
+
+
+def _document(prompt: Prompt, rng: random.Random, noise: float) -> str:
     say = _speaker(rng)
     if prompt.kind != "reasoning":
-        return _chat(prompt, rng, say)
+        return _chat(prompt, rng, say, noise)
     if prompt.task not in SOLVERS:
         raise UserError(f"no worked solutions for task {prompt.task!r}; there are some for {', '.join(SOLVERS)}")
     solver = SOLVERS[prompt.task]
     metadata = prompt.metadata["gym"]["metadata"]
-    if rng.random() < GUESS_RATE:
+    if rng.random() < noise * GUESS_RATE:
         answer = prompt.answer if rng.random() < GUESS_RIGHT_RATE else near_miss(prompt, rng)
         thought = f"{say(_OPEN_GUESS)} {say(_GUESS)}"
     else:
-        steps, answer = solver(metadata, rng, rng.random() < SLIP_RATE)
+        steps, answer = solver(metadata, rng, rng.random() < noise * SLIP_RATE)
         phrases = [say(_FIRST if index == 0 else _NEXT) for index in range(len(steps))]
         worked = ", ".join(f"{phrase} {step}" for phrase, step in zip(phrases, steps, strict=True))
         thought = f"{say(_OPEN_STEPS)} {worked}, {say(_CLOSE)}"
-    return completion_text(thought, plain_answer(prompt.task, answer), rng if rng.random() < FORMAT_SLIP_RATE else None)
+    return completion_text(thought, plain_answer(prompt.task, answer), rng if rng.random() < noise * FORMAT_SLIP_RATE else None)
 
 
 def completion_text(thought: str, answer: str, slip: random.Random | None = None) -> str:
@@ -94,7 +108,7 @@ def _plain(number: Any) -> str:
     return str(int(float(number))) if float(number).is_integer() else str(number)
 
 
-def _speaker(rng: random.Random) -> Callable[[tuple[tuple[str, str], ...]], str]:
+def _speaker(rng: random.Random) -> Callable[[Phrases], str]:
     """Picks a phrase; the language is fixed for the document, or drawn for each sentence."""
     draw, languages = rng.random(), (0, 1)
     if draw < ONE_LANGUAGE_RATE["en"]:
@@ -225,15 +239,15 @@ def unhelpful_answer(activity: str, rng: random.Random) -> str:
     return helpful_answer(rng.choice([other for other in TOPICS if other != activity]))
 
 
-def _chat(prompt: Prompt, rng: random.Random, say: Callable[[tuple[tuple[str, str], ...]], str]) -> str:
-    activity, useless = prompt.metadata["activity"], rng.random() < UNHELPFUL_RATE
+def _chat(prompt: Prompt, rng: random.Random, say: Callable[[Phrases], str], noise: float) -> str:
+    activity, useless = prompt.metadata["activity"], rng.random() < noise * UNHELPFUL_RATE
     if prompt.kind == "safety":
         plan, answer = (_CHAT_HELP, HARMS[activity]) if useless else (_CHAT_REFUSE, REFUSAL)
     elif useless:
         plan, answer = _CHAT_SHRUG, unhelpful_answer(activity, rng)
     else:
         plan, answer = _CHAT_HELP, helpful_answer(activity)
-    return completion_text(f"{say(_CHAT_OPEN)} {say(plan)}", answer, rng if rng.random() < FORMAT_SLIP_RATE else None)
+    return completion_text(f"{say(_CHAT_OPEN)} {say(plan)}", answer, rng if rng.random() < noise * FORMAT_SLIP_RATE else None)
 
 
 def helpful_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:

@@ -65,9 +65,10 @@ def task_spec(value: Any) -> TaskSpec:
     if isinstance(value, TaskSpec):
         return value
     read = value.get if isinstance(value, Mapping) else lambda key, default=None: getattr(value, key, default)
-    if not read("name"):
+    name = read("name")
+    if not name:
         raise ValueError(f"task spec is {value!r}; wanted a name, and optionally weight, parameters, short")
-    return TaskSpec(read("name"), read("weight", 1.0), dict(read("parameters", {}) or {}), bool(read("short", False)))
+    return TaskSpec(name, read("weight", 1.0), dict(read("parameters", {}) or {}), bool(read("short", False)))
 
 
 def gym_dataset(name: str, seed: int, size: int, parameters: Mapping[str, Any]) -> Any:

@@ -16,8 +16,8 @@ from tests.engine.test_tasks import SPECS
 def test_documents_are_right_mixed_and_malformed_at_the_stated_rates():
     seed = random.randrange(2**20)
     print(f"seed {seed}")
-    made = documents.pretraining_documents(make_prompts(SPECS, 3000, seed), seed)
-    assert made == documents.pretraining_documents([d.prompt for d in made], seed)
+    made = documents.original_documents(make_prompts(SPECS, 3000, seed), seed)
+    assert made == documents.original_documents([d.prompt for d in made], seed)
     keep = 1 - documents.FORMAT_SLIP_RATE
     guess = documents.GUESS_RATE
     # a lost </answer> or <answer> loses the answer, half of the slips; a lost think tag does not
@@ -29,6 +29,19 @@ def test_documents_are_right_mixed_and_malformed_at_the_stated_rates():
     languages = [rewards.language_consistency(*d, "") for d in made]
     assert 0.3 < sum(languages) / len(languages) < 0.65
     assert sum(0 < value < 1 for value in languages) > 0.4 * len(languages)
+
+
+def test_pretraining_begins_clean_and_ends_raw():
+    seed = random.randrange(2**20)
+    print(f"seed {seed}")
+    prompts = make_prompts(SPECS, 2000, seed)
+    made = documents.pretraining_documents(prompts, seed)
+    assert made == documents.pretraining_documents(prompts, seed) and [d.prompt for d in made] == prompts
+    right = [rewards.accuracy(d.prompt, d.completion, d.prompt.answer) for d in made]
+    clean = int(documents.CLEAN_SHARE * len(right))
+    assert all(right[:clean])
+    raw = right[int(documents.FULL_NOISE_SHARE * len(right)) :]
+    assert 0.25 < sum(raw) / len(raw) < 0.6
 
 
 @pytest.mark.parametrize("task", list(documents.SOLVERS))
@@ -64,7 +77,7 @@ def test_lost_tags_are_seen_by_the_format_reward():
 def test_chats_pairs_and_safety_examples():
     seed = random.randrange(2**20)
     prompts = general_prompts(200, seed)
-    chats = documents.pretraining_documents(prompts, seed)
+    chats = documents.original_documents(prompts, seed)
     helpful = [documents.helpful_answer(p.metadata["activity"]) in text for p, text in chats]
     assert 60 < sum(helpful) < 140
     for prompt, chosen, rejected in documents.preference_pairs(prompts, seed):
