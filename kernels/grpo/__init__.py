@@ -5,7 +5,6 @@ Letters: T packed tokens, H hidden, V vocabulary (this rank's rows under tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -381,9 +380,8 @@ def group_advantages(
         )  # fmt: skip
         r = rewards.double()
         groups = int(group_ids.max()) + 1 if len(r) else 0
-        gather: Callable[[Tensor, str], Tensor] = lambda x, how: r.new_zeros(groups).scatter_reduce(
-            0, group_ids, x, how, include_self=False
-        )[group_ids]
+        empty = r.new_zeros(groups)
+        gather = lambda x, how: empty.scatter_reduce(0, group_ids, x, how, include_self=False)[group_ids]
         mean, low, high = gather(r, "mean"), gather(r, "amin"), gather(r, "amax")
         std = gather((r - mean).square(), "mean").sqrt()
     centred = torch.where(low == high, 0.0, r - mean)
