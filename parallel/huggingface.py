@@ -124,8 +124,8 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         config["q_lora_rank"] = model.q_lora_rank or None
         if not model.is_moe:
             config["first_k_dense_replace"] = model.num_layers
-    else:
-        config["head_dim"] = model.qk_head_dim
+    elif model.head_dim is None:
+        del config["head_dim"]
     if model.yarn:
         yarn = {theirs: getattr(model.yarn, ours) for theirs, ours in _YARN_FIELDS.items()}
         if not (model.yarn.mscale and model.yarn.mscale_all_dim):
