@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -166,6 +167,27 @@ class MultiTokenPrediction(MultiTokenPredictionLayer):
         ahead_BT = packed_seq_params.next_tokens[self.layer_number - 1][None]
         hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         return input_ids, position_ids, embedding(input_ids=ahead_BT, position_ids=position_ids), hidden_states
+
+    def _proj_and_transformer_layer(
+        self, hidden_states: Tensor, decoder_input: Tensor, packed_seq_params: Any = None, **unused: Any
+    ) -> Tensor:
+        """Megatron's, but its layer is told of the padding, which must not count towards the experts' load."""
+        mask_BT = packed_seq_params.padding_mask_BT
+        if mask_BT is not None and self.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            mask_BT = mask_BT.chunk(group.size(), 1)[group.rank()]
+        hidden, _ = self.transformer_layer(
+            hidden_states=self._concat_embeddings(hidden_states, decoder_input),
+            attention_mask=None,
+            packed_seq_params=packed_seq_params,
+            padding_mask=mask_BT,
+        )
+        return self._postprocess(hidden)
+
+    def _checkpointed_forward(self, forward_func: Any, **rest: Any) -> Tensor:
+        """Megatron's hands everything to autograd, which keeps tensors only; the pack goes around it."""
+        hidden, ahead = rest.pop("hidden_states"), rest.pop("decoder_input")
+        return checkpoint(functools.partial(forward_func, **rest), False, hidden, ahead)
 
 
 class Head(ColumnParallelLinear):
