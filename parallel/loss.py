@@ -132,20 +132,27 @@ class PolicyLoss:
         else:
             # The ratio of a sequence needs all its tokens: gather the log-probabilities, compute the whole loss on
             # every rank, and let each rank keep its own tokens' gradients and its share of the sums.
-            own_T = self._logprobs(model, hidden[0], packed.local(batch.fields["targets"]))
+            own_T, entropy_T = self._logprobs(model, hidden[0], packed.local(batch.fields["targets"]))
             loss, metrics = grpo_loss(_whole_stream(own_T, model, packed), *fixed, **options, **rest)
             ways = model.pg_collection.cp.size()
             metrics = {name: value if name.endswith("_max") else value / ways for name, value in metrics.items()}
             metrics["loss"] = loss.detach() / ways
+            metrics["entropy_sum"] = (entropy_T * (packed.local(field["weights"]) != 0)).sum()
             return loss, metrics
         metrics["loss"] = loss.detach()
         return loss, metrics
 
-    def _logprobs(self, model: DecoderModel, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
+    def _logprobs(self, model: DecoderModel, hidden_TH: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         return model.head(
             hidden_TH,
             lambda h, w: linear_logprob(
-                h, w, targets_T, self.temperature, tp_group=_tp(model), vocab_size=self.vocab_size
+                h,
+                w,
+                targets_T,
+                self.temperature,
+                return_entropy=True,
+                tp_group=_tp(model),
+                vocab_size=self.vocab_size,
             ),
         )
 
