@@ -57,6 +57,12 @@ def join(parallel: ParallelConfig, seed: int = 0) -> World:
     parallel.data(world_size())
     bridge.install()
     on_gpu = torch.cuda.is_available()
+    uneven = parallel.expert_tensor > 1 and (parallel.expert > 1 or parallel.expert_tensor > parallel.tensor)
+    if not on_gpu and uneven and parallel.dispatcher == "alltoall":
+        raise ValueError(
+            f"parallel.dispatcher = alltoall with expert_tensor = {parallel.expert_tensor} and expert ="
+            f" {parallel.expert} gathers uneven parts, which gloo cannot: on a CPU use dispatcher = allgather"
+        )
     if not dist.is_initialized():
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
