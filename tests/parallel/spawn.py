@@ -53,7 +53,8 @@ class ProcessPool:
         if waiting or "the process ended" in errors.values():
             self.kill()
         if errors or waiting:
-            texts = [f"rank {rank}: {text}" for rank, text in sorted(errors.items())]
+            last = [text.splitlines()[-1] for _, text in sorted(errors.items())]
+            texts = list(errors.values())[:1] + [f"rank {r}: {t}" for r, t in zip(sorted(errors), last, strict=True)]
             texts += [f"rank {rank}: no answer in time" for rank in sorted(waiting.values())]
             raise RuntimeError("\n".join(texts))
         return [results[rank] for rank in range(self.size)]

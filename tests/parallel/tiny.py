@@ -167,6 +167,7 @@ Piece = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 def pieces(trainer: Trainer) -> list[Piece]:
     """(name in the whole model, whole shape, offset, slice) of every weight of this process."""
+    trainer.gather_weights()
     found = []
     for state in sharded_state(trainer.chunks, trainer.world).values():
         apply_factories(state)
