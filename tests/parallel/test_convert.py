@@ -93,7 +93,7 @@ def theirs(case: str, seed: int) -> Any:
 
 
 def sequences(seed: int, model: Any = None) -> list[torch.Tensor]:
-    """Ragged random sequences; where `model` is given, no router decides by a hair on them, which rounding could tip."""
+    """Ragged random sequences, on which no router of `model` decides by a hair, so that rounding cannot tip it."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         tokens = [torch.randint(0, 96, (n,), generator=generator) for n in [*LENGTHS, LONGEST]]
@@ -215,6 +215,9 @@ def test_multi_token_prediction(seed: int, tmp_path: Path, monkeypatch: pytest.M
     generator = torch.Generator().manual_seed(seed)
     for p in trainer.chunks[0].parameters():
         p.data.add_(0.15 * torch.randn(p.shape, generator=generator))
+    for name, buffer in trainer.chunks[0].named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.normal_(0.0, 0.3, generator=generator)
     monkeypatch.setattr(convert, "BYTES_PER_FILE", 60_000)
     export_hf(trainer, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -427,11 +430,12 @@ def test_export_replaces_only_exports(seed: int, tmp_path: Path) -> None:
 
 
 def test_optimizer_starts_from_loaded_weights(seed: int) -> None:
-    """A step with learning rate 0 after loading leaves the loaded weights, not those of before."""
+    """A step with learning rate 0 after loading leaves the loaded weights, not those of before (bfloat16, where the
+    optimiser has its own float32 copies)."""
     from r1.parallel.loss import SupervisedLoss
 
     reference, tokens = theirs("llama", seed), sequences(seed)[0]
-    trainer = our_model(reference.config, adam=AdamConfig())
+    trainer = our_model(reference.config, ParallelConfig(dtype="bfloat16"), adam=AdamConfig())
     load_hf(trainer, reference.state_dict())
     loaded = whole(trainer)
     fields = {"targets": tokens.roll(-1), "weights": torch.full((tokens.numel(),), 0.1)}
