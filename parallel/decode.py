@@ -70,7 +70,11 @@ class Decoder:
         missing = self._padded(tokens_B.numel()) - tokens_B.numel()
         if missing + tokens_B.numel() > next(iter(self.caches.values()))[0].shape[0]:
             self._grow(missing + tokens_B.numel())
-        positions_B = torch.nn.functional.pad(self.lengths_B, (0, missing))
+        positions_B = self.lengths_B
+        if self.trainer.parallel.expert * self.trainer.parallel.expert_tensor > 1:
+            # A finished sequence keeps step with another process's longer ones: its last place is written again.
+            positions_B = positions_B.clamp(max=self.max_length - 1)
+        positions_B = torch.nn.functional.pad(positions_B, (0, missing))
         step = DecodeStep(
             positions_B=positions_B,
             seq_lens_B=(positions_B + 1).int(),
