@@ -95,6 +95,9 @@ def install() -> None:
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     if getattr(moe_utils, "te_general_gemm", None) is not None and not _has_transformer_engine():
         moe_utils.te_general_gemm = None
+    if not _has_transformer_engine():
+        # Selective recompute passes fp8 = False by default, takes all but None for FP8, and asks TransformerEngine.
+        megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = AdamW
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
