@@ -168,6 +168,8 @@ class ParallelConfig(Section):
 
     def check_model(self, model: ModelConfig) -> None:
         """ValueError where the layout does not divide the model."""
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
         parts = [("num_heads", model.num_heads, "tensor", self.tensor)]
         if model.architecture != "deepseek_v3":
             parts.append(("num_kv_heads", model.kv_heads, "tensor", self.tensor))
