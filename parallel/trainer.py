@@ -111,11 +111,16 @@ class Trainer:
             module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
+        biases = [(b, b.clone()) for c in self.chunks for name, b in c.named_buffers() if name.endswith("expert_bias")]
         outputs = self._schedule(micro_batches, functools.partial(_loss_of, loss=loss), forward_only=False)
         metrics = self._reduce_metrics(outputs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            # Megatron leaves it to a scheduler to spare norms and biases.
+            group["weight_decay"] = self.adam.weight_decay * group["wd_mult"]
         if not self._gradient_is_finite():
+            for bias, before in biases:  # moved with the reductions
+                bias.copy_(before)
             raise RuntimeError(f"a gradient is not finite (loss {metrics['loss']}); the weights were left as they were")
         _, grad_norm, _ = self.optimizer.step()
         self._weights_on_their_way = self.parallel.overlap_param_gather
