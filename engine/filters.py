@@ -92,5 +92,3 @@ def filter_completions(
         else:
             dropped[reason] = dropped.get(reason, 0) + 1
     return kept, dropped
-
-
