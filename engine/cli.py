@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of megatron's calls
     try:
         options.command(options)
         _leave()

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -160,6 +160,15 @@ class Sampling(Section):
     max_completion_tokens: Count = 32768
 
 
+FilterName = Literal["well_formed", "correct", "one_language", "no_repetition", "readable", "length"]
+
+
+class Filtering(Section):
+    """Which samples are worth learning: each filter drops what its name denies (engine/filters.py)."""
+
+    filters: list[FilterName] = list(get_args(FilterName))
+
+
 class PretrainStage(StageConfig):
     """Base model from documents: next-token loss over the whole text."""
 
@@ -243,7 +252,7 @@ class SftStage(StageConfig):
     max_tokens: Count = Field(32768, description="longest prompt + completion; longer samples are dropped")
 
 
-class ColdStartStage(SftStage, Sampling):
+class ColdStartStage(SftStage, Sampling, Filtering):
     """R1-Zero samples, filtered to correct, readable and one language; then SFT of the base model on them."""
 
     data: str = Field("", description="a JSONL file in place of sampling")
@@ -252,7 +261,7 @@ class ColdStartStage(SftStage, Sampling):
     max_samples: Count = Field(5000, description="samples kept at most")
 
 
-class RejectionSamplingStage(StageConfig, Sampling):
+class RejectionSamplingStage(StageConfig, Sampling, Filtering):
     """Samples of the reasoning model, filtered, plus general samples: writes the SFT set as JSONL."""
 
     from_: str | None = Field("reasoning_rl", alias="from")

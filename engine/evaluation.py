@@ -1,0 +1,88 @@
+"""pass@1, cons@k, format and language consistency of a model on the held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from r1.engine import rewards
+from r1.engine.data.tasks import Prompt
+from r1.engine.data.tokenizer import Tokenizer
+from r1.engine.engine import Engine, SamplingParameters
+from r1.engine.evaluate_metrics import cons_at_k, pass_at_1
+from r1.engine.prompts import encode_prompts, reasoning_prompts
+from r1.engine.settings import Sampling
+from r1.engine.stage import StageRun, seed_of, shared_map
+
+
+def sample_texts(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling, seed: int, length: int = 0
+) -> list[list[str]]:
+    """`completions_per_prompt` texts of each prompt, without eos."""
+    limit = engine.model_config.max_positions
+    parameters = sampling_parameters(sampling, tokenizer)
+    sampled = engine.generate(
+        encode_prompts(tokenizer, prompts, limit), parameters, sampling.completions_per_prompt, seed
+    )
+    return [[completion_text(tokenizer, c.tokens) for c in group] for group in sampled]
+
+
+def sampling_parameters(sampling: Sampling, tokenizer: Tokenizer) -> SamplingParameters:
+    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return SamplingParameters(sampling.max_completion_tokens, sampling.temperature, sampling.top_p, stops)
+
+
+def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """A completion as text, without the eos that ended it."""
+    return tokenizer.decode([t for t in tokens if t != tokenizer.eos_id])
+
+
+def evaluate(run: StageRun, engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Measure `engine` on the held-out prompts; leaves evaluation.json and a few samples in the stage's folder."""
+    config = run.config
+    settings = config.stages.evaluate
+    prompts = reasoning_prompts(config, "eval")
+    with run.timer.phase("evaluate"):
+        texts = sample_texts(engine, tokenizer, prompts, settings, seed_of(config, "evaluate"))
+        result = score(prompts, texts)
+        result["length"] = sum(len(tokenizer.encode(t)) for group in texts for t in group) / sum(map(len, texts))
+    run.write("evaluation.json", result)
+    rows = [
+        {"prompt": p.text, "completion": group[0], "accuracy": rewards.accuracy(p, group[0], p.answer)}
+        for p, group in list(zip(prompts, texts, strict=True))[:12]
+    ]
+    run.log.samples(run.last_step, rows)
+    return result
+
+
+def score(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The measures of k completions of every prompt, fractions in 0..1; "reward" is the mean of accuracy and format."""
+
+    def of_prompt(pair: tuple[Prompt, Sequence[str]]) -> dict[str, Any]:
+        prompt, group = pair
+        return {
+            "accuracy": [rewards.accuracy(prompt, text, prompt.answer) for text in group],
+            "answers": [rewards.extract_answer(text) for text in group],
+            "format": sum(rewards.format(prompt, text, "") for text in group) / len(group),
+            "language": sum(rewards.language_consistency(prompt, text, "") for text in group) / len(group),
+        }
+
+    rows = shared_map(of_prompt, list(zip(prompts, texts, strict=True)))
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for prompt, row in zip(prompts, rows, strict=True):
+        tasks.setdefault(prompt.task, []).append(row)
+
+    def measure(part: list[dict[str, Any]]) -> dict[str, float]:
+        accuracies = [row["accuracy"] for row in part]
+        return {"pass@1": pass_at_1(accuracies), "cons@k": cons_at_k([row["answers"] for row in part], accuracies)}
+
+    overall = measure(rows)
+    format_rate = sum(row["format"] for row in rows) / len(rows)
+    return {
+        **overall,
+        "format": format_rate,
+        "language_consistency": sum(row["language"] for row in rows) / len(rows),
+        "reward": (overall["pass@1"] + format_rate) / 2,
+        "k": len(texts[0]),
+        "tasks": {name: measure(part) for name, part in sorted(tasks.items())},
+    }

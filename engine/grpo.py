@@ -1,0 +1,218 @@
+"""The reinforcement-learning loop of R1-Zero, reasoning RL and RL for all scenarios (GRPO, arXiv 2402.03300).
+
+One rollout serves `minibatches_per_rollout` optimiser steps, each on prompts of its own. With one step a rollout the
+old policy is the one that sampled, so its log-probabilities are the rollout's; with several they are computed again
+by the training path, and the difference is the mismatch that is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from r1.engine import rewards
+from r1.engine.data.tasks import Prompt
+from r1.engine.data.tokenizer import Tokenizer
+from r1.engine.engine import Engine, Sample
+from r1.engine.evaluation import completion_text, evaluate, sampling_parameters
+from r1.engine.logs import StageProgress
+from r1.engine.prompts import Deck, encode_prompts, everyday_prompts, reasoning_prompts
+from r1.engine.settings import Config, GrpoStage, RewardConfig
+from r1.engine.stage import StageRun, load_tokenizer, seed_of, shared_map
+from r1.kernels import group_advantages
+
+# (prompts, completions) → one score in 0..1 each; given by a reward model, for many texts at once
+Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+
+SAMPLES_LOGGED = 4  # completions kept for reading, in every tenth step
+
+
+def run_grpo(config: Config, name: str, judge: Callable[[Config, Tokenizer], Judge] | None = None) -> None:
+    """Run or resume the RL stage `name`: train, evaluate, leave its files."""
+    run = StageRun(config, name)
+    if run.complete:
+        return
+    tokenizer = load_tokenizer(config)
+    engine, state = run.start(run.settings.from_, tokenizer=tokenizer)
+    preference = judge(config, tokenizer) if judge else None
+    reasoning = reasoning_prompts(config)
+    general = everyday_prompts(config) if _wants_general(run.settings) else []
+    decks = (
+        Deck(len(reasoning), seed_of(config, name, "reasoning")),
+        Deck(max(1, len(general)), seed_of(config, name, "general")),
+    )
+    step = int(state["step"])
+    if engine.reference is None:
+        engine.update_reference()
+    with StageProgress(run.title, run.settings.steps, step) as progress:
+        while step < run.settings.steps:
+            settings = run.settings.at_step(step)
+            prompts = _deal(settings, step, reasoning, general, decks)
+            samples, scores, metrics = _rollout(run, engine, tokenizer, settings, prompts, preference, step)
+            step = _learn(run, engine, settings, samples, scores, metrics, step, progress)
+    run.save(engine, step, force=True)
+    evaluate(run, engine, tokenizer)
+    engine.close()
+    run.finish("checkpoint", "evaluation.json")
+
+
+def _wants_general(settings: GrpoStage) -> bool:
+    return any(settings.at_step(c.at_step).general_fraction > 0 for c in settings.schedule) or (
+        settings.general_fraction > 0
+    )
+
+
+def _deal(
+    settings: GrpoStage, step: int, reasoning: list[Prompt], general: list[Prompt], decks: tuple[Deck, Deck]
+) -> list[list[Prompt]]:
+    """The prompts of each of the rollout's minibatches."""
+    minibatches = []
+    for index in range(step, step + settings.minibatches_per_rollout):
+        count = round(settings.prompts_per_step * settings.general_fraction) if general else 0
+        size = settings.prompts_per_step
+        chosen = [reasoning[i] for i in decks[0].deal(index * size, size - count)]
+        chosen += [general[i] for i in decks[1].deal(index * size, count)]
+        minibatches.append(chosen)
+    return minibatches
+
+
+def _rollout(
+    run: StageRun,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    settings: GrpoStage,
+    minibatches: list[list[Prompt]],
+    preference: Judge | None,
+    step: int,
+) -> tuple[list[list[Sample]], list[list[dict[str, Any]]], dict[str, float]]:
+    """Samples with advantages of every minibatch, their scores, and what the rollout cost."""
+    prompts = [prompt for batch in minibatches for prompt in batch]
+    G = settings.completions_per_prompt
+    with run.timer.phase("rollout"):
+        began = run.timer.seconds
+        encoded = encode_prompts(tokenizer, prompts, engine.model_config.max_positions)
+        parameters = sampling_parameters(settings, tokenizer)
+        groups = engine.generate(encoded, parameters, G, seed_of(run.config, run.name, "rollout", step))
+        rollout_seconds = run.timer.seconds - began
+    texts = [[completion_text(tokenizer, c.tokens) for c in group] for group in groups]
+    with run.timer.phase("rewards"):
+        began = run.timer.seconds
+        scores = _score(prompts, texts, settings.rewards, preference)
+        totals = torch.tensor([[row["reward"] for row in group] for group in scores])
+        advantages = group_advantages(totals, normalize_std=settings.normalize_std).tolist()
+        reward_seconds = run.timer.seconds - began
+    samples = [
+        [
+            Sample(
+                tokens=[*encoded[i], *completion.tokens],
+                prompt_length=len(encoded[i]),
+                advantage=advantages[i][j],
+                old_logprobs=completion.logprobs,
+                rollout_logprobs=completion.logprobs,
+            )
+            for j, completion in enumerate(group)
+        ]
+        for i, group in enumerate(groups)
+    ]
+    flat = [s for group in samples for s in group]
+    metrics = {"seconds_rollout": rollout_seconds, "seconds_rewards": reward_seconds}
+    with run.timer.phase("logprobs"):
+        began = run.timer.seconds
+        if settings.minibatches_per_rollout > 1:
+            recomputed, _ = engine.logprobs(flat, "policy", settings.temperature, settings.tokens_per_micro_batch)
+            for sample, values in zip(flat, recomputed, strict=True):
+                sample.old_logprobs = values
+        if settings.kl_coefficient > 0:
+            reference, _ = engine.logprobs(flat, "reference", settings.temperature, settings.tokens_per_micro_batch)
+            for sample, values in zip(flat, reference, strict=True):
+                sample.reference_logprobs = values
+        metrics["seconds_logprobs"] = run.timer.seconds - began
+    if step % 10 == 0:
+        rows = [
+            {"prompt": prompts[i].text, "completion": texts[i][0], **scores[i][0]}
+            for i in range(min(SAMPLES_LOGGED, len(prompts)))
+        ]
+        run.log.samples(step, rows)
+    size = settings.prompts_per_step
+    parts = [slice(k * size, (k + 1) * size) for k in range(len(minibatches))]
+    return (
+        [[s for group in samples[part] for s in group] for part in parts],
+        [[row for group in scores[part] for row in group] for part in parts],
+        metrics,
+    )
+
+
+def _score(
+    prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], specs: Sequence[RewardConfig], preference: Judge | None
+) -> list[list[dict[str, Any]]]:
+    """Every reward of every completion, and "reward", their weighted sum for this kind of prompt."""
+    ruled = [(spec, rewards.load_reward(spec.name)) for spec in specs if spec.name != "reward_model"]
+
+    def by_rules(pair: tuple[Prompt, str]) -> dict[str, Any]:
+        prompt, text = pair
+        row: dict[str, Any] = {"reward": 0.0}
+        for spec, function in ruled:
+            if _applies(spec, prompt):
+                row[spec.name] = function(prompt, text, prompt.answer)
+                row["reward"] += spec.weight * row[spec.name]
+        return row
+
+    pairs = [(prompt, text) for prompt, group in zip(prompts, texts, strict=True) for text in group]
+    rows = shared_map(by_rules, pairs)
+    for spec in specs:
+        if spec.name == "reward_model":
+            judged = [i for i, (prompt, _) in enumerate(pairs) if _applies(spec, prompt)]
+            if judged and preference is not None:
+                values = preference([pairs[i][0] for i in judged], [pairs[i][1] for i in judged])
+                for i, value in zip(judged, values, strict=True):
+                    rows[i]["reward_model"] = value
+                    rows[i]["reward"] += spec.weight * value
+    G = len(texts[0])
+    return [rows[i * G : (i + 1) * G] for i in range(len(prompts))]
+
+
+def _applies(spec: RewardConfig, prompt: Prompt) -> bool:
+    """General prompts are all that have no checkable answer, safety among them."""
+    kind = "reasoning" if prompt.kind == "reasoning" else "general"
+    return spec.prompts in ("all", kind) and not (spec.name == "accuracy" and kind == "general")
+
+
+def _learn(
+    run: StageRun,
+    engine: Engine,
+    settings: GrpoStage,
+    minibatches: list[list[Sample]],
+    scores: list[list[dict[str, Any]]],
+    costs: dict[str, float],
+    step: int,
+    progress: StageProgress,
+) -> int:
+    """One optimiser step a minibatch; the next step's number."""
+    share = {name: value / len(minibatches) for name, value in costs.items()}
+    for samples, rows in zip(minibatches, scores, strict=True):
+        if step >= run.settings.steps:
+            break
+        lr = settings.optimizer.lr_at(step, run.settings.steps)
+        with run.timer.phase("train"):
+            began = run.timer.seconds
+            metrics = engine.grpo_step(samples, lr=lr, stage=settings)
+            share["seconds_train"] = run.timer.seconds - began
+        names = sorted({name for row in rows for name in row})
+        means = {n: sum(r[n] for r in rows if n in r) / max(1, sum(n in r for r in rows)) for n in names}
+        length = sum(len(s.tokens) - s.prompt_length for s in samples) / len(samples)
+        total = sum(len(s.tokens) for s in samples)
+        row = {**metrics, **means, "length": length, "lr": lr, **share}
+        row["tokens_per_second"] = total / max(sum(share.values()), 1e-9)
+        run.log.append(step, row)
+        run.last_step = step
+        step += 1
+        shown = {n: row[n] for n in ("reward", "accuracy", "language_consistency", "length", "kl") if n in row}
+        progress.update(step, shown)
+        interval = settings.reference_interval_steps
+        if interval and step % interval == 0:
+            engine.update_reference()
+    # Between rollouts only: what is saved is what the next rollout starts from.
+    run.save(engine, step)
+    return step

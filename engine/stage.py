@@ -1,0 +1,221 @@
+"""What every stage shares: where it starts, where it goes on after a kill, and how it says that it is complete.
+
+All randomness of a run comes from `seed_of(config, …names)`, never from a generator's state, so that a step can be
+done again. Every process runs the same code on the same data; only the main one writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from r1.engine.data.tokenizer import Tokenizer
+from r1.engine.engine import Engine
+from r1.engine.errors import UserError
+from r1.engine.logs import MetricsLog, StageTimer, is_main_process, say, write_json
+from r1.engine.settings import STAGES, Config
+from r1.parallel import checkpoint, convert
+from r1.parallel.config import ModelConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def seed_of(config: Config, *names: object) -> int:
+    """A number in 0 .. 2^63 - 1 that depends on the run's seed and on the names alone."""
+    text = "/".join(str(name) for name in (config.seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of the configuration, else the one that pretrain left in the run's folder."""
+    if config.tokenizer.path is not None:
+        return Tokenizer.load(config.tokenizer.path)
+    path = Path(config.run_dir) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"there is no tokenizer: set tokenizer.path, or run `r1 run pretrain` first to make {path}")
+    return Tokenizer.load(path)
+
+
+def checkpoint_of(config: Config, source: str) -> Path:
+    """The folder that a stage's name or a path means: a checkpoint, or Hugging Face weights. UserError for neither."""
+    path = config.stage_dir(source) / "checkpoint" if source in STAGES else Path(source)
+    for folder in (path, path / "checkpoint"):
+        if (checkpoint.recover(folder) / "state.json").is_file() or _is_hugging_face(folder):
+            return folder
+    if path.is_dir():
+        return path  # damaged: loading it says how
+    hint = f"; run `r1 run {source}` first" if source in STAGES else ""
+    raise UserError(f"there is no checkpoint at {path}{hint}")
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "state.json").exists()
+
+
+def open_engine(config: Config, source: str, tokenizer: Tokenizer) -> Engine:
+    """An engine to sample and score with, holding a checkpoint of whatever model it is."""
+    path = checkpoint_of(config, source)
+    state = {} if _is_hugging_face(path) else checkpoint.read_state(path)
+    model = ModelConfig.model_validate(state["model"]) if "model" in state else config.model
+    value_head = bool(state.get("value_head"))
+    engine = Engine(config, model=model, train=False, value_head=value_head, vocab_size=tokenizer.vocab_size)
+    _load_weights(engine, path)
+    return engine
+
+
+def _load_weights(engine: Engine, path: Path) -> None:
+    """Weights alone. A reward model may start from a language model: it takes the body and keeps its own new head."""
+    policy = engine.policy
+    if _is_hugging_face(path):
+        convert.load_hf(policy, path)
+    elif policy.value_head and not checkpoint.read_state(path).get("value_head"):
+        donor = Engine(engine.config, model=engine.model_config, train=False, vocab_size=engine.vocab_size)
+        donor.load(path)
+        for ours, theirs in zip(policy.chunks, donor.policy.chunks, strict=True):
+            kept = ours.state_dict().keys()
+            body = {name: value for name, value in theirs.state_dict().items() if name in kept}
+            ours.load_state_dict(body, strict=False)
+        donor.close()
+        if policy.optimizer is not None:
+            policy.optimizer.reload_model_params()
+    else:
+        engine.load(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """The main process writes one JSON object a line; the file appears whole or not at all. All wait for it."""
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.replace(path)
+    barrier()
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def shared_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`function` of every item, each computed by one process and the same list on all of them.
+
+    What one process raises, all raise, as a UserError: none is left waiting.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if size == 1:
+        return [function(item) for item in items]
+    mine: list[Result] = []
+    problem: str | None = None
+    try:
+        mine = [function(item) for item in items[rank::size]]
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, (mine, problem))
+    for _, found in parts:
+        if found is not None:
+            raise UserError(found)
+    return [parts[index % size][0][index // size] for index in range(len(items))]
+
+
+class StageRun:
+    """One stage's folder while it runs: checkpoint, metrics, samples, timing, and the mark that it is complete.
+
+    `part` names a second model of the stage (distill/undistilled), which has a folder of its own inside the stage's.
+    """
+
+    def __init__(self, config: Config, name: str, part: str = ""):
+        self.config, self.name = config, name
+        self.title = f"{name}/{part}" if part else name
+        self.settings: Any = getattr(config.stages, name)
+        self.folder = config.stage_dir(name) / part
+        self.checkpoint = self.folder / "checkpoint"
+        self.log = MetricsLog(self.folder)
+        self.timer = StageTimer(self.folder)
+        self.last_step = 0  # the last one that was logged
+        self._saved_step = -1
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier run ended this stage, and what it left is still there. Says so."""
+        done = is_complete(self.folder)
+        if done:
+            say(f"{self.title}: complete already, in {self.folder}")
+        return done
+
+    def start(
+        self,
+        source: str | None,
+        *,
+        model: ModelConfig | None = None,
+        value_head: bool = False,
+        tokenizer: Tokenizer,
+    ) -> tuple[Engine, dict[str, Any]]:
+        """An engine to train, and its state {"step": optimiser steps done, …}: that of this stage's own checkpoint
+        if there is one, else that of `source` (None: random weights) at step 0."""
+        resumes = checkpoint.recover(self.checkpoint).exists()
+        path = None if resumes or source is None else checkpoint_of(self.config, source)
+        engine = Engine(
+            self.config,
+            model=model,
+            optimizer=self.settings.optimizer,
+            value_head=value_head,
+            vocab_size=tokenizer.vocab_size,
+            seed=seed_of(self.config, self.name) % 2**31,
+        )
+        state: dict[str, Any] = {"step": 0}
+        if resumes:
+            state = engine.load(self.checkpoint, optimizer=True)
+        elif path is not None:
+            _load_weights(engine, path)
+        step = self._saved_step = state["step"]
+        self.last_step = max(0, step - 1)
+        self.log.truncate_after(step - 1)
+        if resumes:
+            say(f"{self.title}: goes on after {step} steps")
+        return engine, state
+
+    def save(self, engine: Engine, step: int, state: dict[str, Any] | None = None, *, force: bool = False) -> None:
+        """Keep a checkpoint of `step` optimiser steps, where the interval (or `force`) asks for one."""
+        if step == self._saved_step or not (force or step - self._saved_step >= self.settings.save_interval_steps):
+            return
+        with self.timer.phase("checkpoint"):
+            engine.save(self.checkpoint, {"stage": self.name, "step": step, **(state or {})})
+        self._saved_step = step
+
+    def write(self, name: str, value: Any) -> None:
+        """A JSON file in the stage's folder."""
+        if is_main_process():
+            write_json(self.folder / name, value)
+
+    def finish(self, *leaves: str) -> None:
+        """Mark the stage complete, as long as the files it `leaves` exist."""
+        self.log.close()
+        self.timer.close()
+        self.write("complete.json", {"leaves": list(leaves), "seconds": round(self.timer.seconds, 3)})
+        barrier()
+        say(f"{self.title}: complete in {self.timer.seconds:.0f} s")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a stage's folder is marked complete and still holds what it says it left."""
+    try:
+        mark = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    for name in mark["leaves"]:
+        path = folder / name
+        if name.endswith("checkpoint"):
+            checkpoint.recover(path)
+        if not path.exists():
+            return False
+    return True
