@@ -19,9 +19,9 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 USER, ASSISTANT = "<user>", "<assistant>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# A run of letters, one digit or a run of other marks, each with its leading space. Single digits keep
-# arithmetic learnable for a small model; a run of Chinese characters is one piece, so set phrases become one token.
-_PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+# A run of letters, a number of one or two digits or a run of other marks, each with its leading space. A small number
+# is one token, so that what a small model copies or adds stands at a fixed distance; so are set Chinese phrases.
+_PIECES = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 
 # How the model families that r1 trains name their control tokens, in order of preference.
 _BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
