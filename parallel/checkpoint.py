@@ -21,7 +21,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from pydantic import ValidationError
 
+from r1.parallel.config import ModelConfig
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
 
@@ -91,11 +93,14 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no state.json") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: state.json is not JSON ({error})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise CheckpointError(f"checkpoint {folder} is damaged: state.json does not name its model")
+    return state
 
 
 def load(
@@ -108,12 +113,7 @@ def load(
     folder = Path(folder)
     state = read_state(folder)
     _verify(folder, trainer.world.rank, trainer.world.size)
-    ours, theirs = trainer.model_config.model_dump(), state["model"]
-    for name in _SHAPE_FIELDS:
-        if ours[name] != theirs.get(name, ours[name]):
-            raise CheckpointError(
-                f"checkpoint {folder} has model.{name} = {theirs.get(name)}, this model has {ours[name]}"
-            )
+    _check_shape(folder, state["model"], trainer)
     if bool(state.get("value_head")) != trainer.value_head:
         kind = "a reward model" if state.get("value_head") else "a language model"
         raise CheckpointError(f"checkpoint {folder} holds {kind}, which is not what is being loaded")
@@ -149,6 +149,23 @@ def _fill(trainer: Trainer, loaded: dict[str, Any]) -> None:
         chunk.load_state_dict(loaded["model" if len(trainer.chunks) == 1 else f"model{index}"], strict=True)
 
 
+def _check_shape(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
+    ours = trainer.model_config
+    try:
+        theirs = ModelConfig(**saved)
+    except ValidationError as error:
+        raise CheckpointError(f"checkpoint {folder} is of no model we know: {error.errors()[0]['msg']}") from None
+    for name in _SHAPE_FIELDS:
+        if name == "num_mtp_layers" and trainer.value_head:
+            continue
+        # A field left out and its default spelled out are the same shape.
+        meant = {"num_kv_heads": "kv_heads", "head_dim": "qk_head_dim"}.get(name, name)
+        if getattr(ours, meant) != getattr(theirs, meant):
+            raise CheckpointError(
+                f"checkpoint {folder} has model.{name} = {getattr(theirs, name)}, this model has {getattr(ours, name)}"
+            )
+
+
 _SHAPE_FIELDS = (
     "architecture",
     "vocab_size",
@@ -156,6 +173,7 @@ _SHAPE_FIELDS = (
     "hidden_size",
     "num_heads",
     "num_kv_heads",
+    "head_dim",
     "ffn_hidden_size",
     "q_lora_rank",
     "kv_lora_rank",
@@ -166,6 +184,7 @@ _SHAPE_FIELDS = (
     "num_experts",
     "expert_hidden_size",
     "num_shared_experts",
+    "num_mtp_layers",
     "tie_embeddings",
 )
 
@@ -199,7 +218,7 @@ def _verify(folder: Path, rank: int, size: int) -> None:
     """CheckpointError, on every process, where a file is missing, short or changed."""
     problem = None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = dict(json.loads((folder / "manifest.json").read_text()))
         for name in sorted(manifest)[rank::size]:
             length, crc = manifest[name]
             path = folder / name

@@ -96,6 +96,8 @@ class Trainer:
             self.wrapped,
             use_gloo_process_groups=torch.cuda.is_available(),
         )
+        for part in self.optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before the first step
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -105,7 +107,7 @@ class Trainer:
         Every replica passes the same number of them. Returns the sums of the loss's metrics over the whole step, with
         `grad_norm`. RuntimeError, before the weights change, where the gradient is not finite.
         """
-        if self.optimizer is None:
+        if self.optimizer is None or self.adam is None:
             raise RuntimeError("this model was built without an optimiser")
         for module in self.wrapped:
             module.train()
