@@ -79,7 +79,7 @@ class ProcessPool:
         try:
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, rank, self.size, port))
                 process.start()
                 theirs.close()
                 self.processes.append(process)
