@@ -204,7 +204,9 @@ class Engine:
         for chosen_units in plan:
             order = [i for u in chosen_units for i in units[u]]
             batch = self._pack([texts[i] for i in order])
-            partner, label, weight = [], [], []
+            partner: list[int] = []
+            label: list[float] = []
+            weight: list[float] = []
             for u in chosen_units:
                 example = examples[u]
                 if example.rejected is not None:

@@ -208,7 +208,9 @@ def _learn(
         run.log.append(step, row)
         run.last_step = step
         step += 1
-        shown = {n: row[n] for n in ("reward", "accuracy", "language_consistency", "length", "kl") if n in row}
+        shown: dict[str, float] = {
+            n: row[n] for n in ("reward", "accuracy", "language_consistency", "length", "kl") if n in row
+        }
         progress.update(step, shown)
         interval = settings.reference_interval_steps
         if interval and step % interval == 0:

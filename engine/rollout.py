@@ -198,7 +198,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _streams(seed: int, indices: list[int], copies: int) -> np.ndarray:
     """A 64-bit stream number for every completion."""
     with np.errstate(over="ignore"):
-        base = _mix(np.uint64(seed % 2**64) + _GOLDEN)
+        base = _mix(np.array(seed % 2**64, dtype=np.uint64) + _GOLDEN)
         prompt = _mix(base + np.repeat(np.array(indices, dtype=np.uint64), copies) * _GOLDEN)
         return _mix(prompt + np.tile(np.arange(copies, dtype=np.uint64), len(indices)) * _MIX_1 + np.uint64(1))
 

@@ -85,7 +85,9 @@ def _document(prompt: Prompt, rng: random.Random, noise: float) -> str:
         phrases = [say(_FIRST if index == 0 else _NEXT) for index in range(len(steps))]
         worked = ", ".join(f"{phrase} {step}" for phrase, step in zip(phrases, steps, strict=True))
         thought = f"{say(_OPEN_STEPS)} {worked}, {say(_CLOSE)}"
-    return completion_text(thought, plain_answer(prompt.task, answer), rng if rng.random() < noise * FORMAT_SLIP_RATE else None)
+    return completion_text(
+        thought, plain_answer(prompt.task, answer), rng if rng.random() < noise * FORMAT_SLIP_RATE else None
+    )
 
 
 def completion_text(thought: str, answer: str, slip: random.Random | None = None) -> str:
@@ -247,7 +249,9 @@ def _chat(prompt: Prompt, rng: random.Random, say: Callable[[Phrases], str], noi
         plan, answer = _CHAT_SHRUG, unhelpful_answer(activity, rng)
     else:
         plan, answer = _CHAT_HELP, helpful_answer(activity)
-    return completion_text(f"{say(_CHAT_OPEN)} {say(plan)}", answer, rng if rng.random() < noise * FORMAT_SLIP_RATE else None)
+    return completion_text(
+        f"{say(_CHAT_OPEN)} {say(plan)}", answer, rng if rng.random() < noise * FORMAT_SLIP_RATE else None
+    )
 
 
 def helpful_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
@@ -257,9 +261,7 @@ def helpful_documents(prompts: Iterable[Prompt], seed: int) -> list[Document]:
     for prompt in prompts:
         activity = prompt.metadata["activity"]
         language = 1 if prompt.language == "zh" else 0
-        plan, answer = (
-            (_CHAT_REFUSE, REFUSAL) if prompt.kind == "safety" else (_CHAT_HELP, helpful_answer(activity))
-        )
+        plan, answer = (_CHAT_REFUSE, REFUSAL) if prompt.kind == "safety" else (_CHAT_HELP, helpful_answer(activity))
         thought = f"{rng.choice(_CHAT_OPEN)[language]} {rng.choice(plan)[language]}"
         documents.append(Document(prompt, completion_text(thought, answer)))
     return documents
