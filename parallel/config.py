@@ -175,9 +175,12 @@ class ParallelConfig(Section):
             parts.append(("num_kv_heads", model.kv_heads, "tensor", self.tensor))
         parts.append(("ffn_hidden_size", model.ffn_hidden_size, "tensor", self.tensor))
         parts.append(("vocab_size", model.vocab_size, "tensor", self.tensor))
-        parts.append(
-            ("num_layers", model.num_layers, "pipeline x virtual_pipeline", self.pipeline * self.virtual_pipeline)
-        )
+        stages = self.pipeline * self.virtual_pipeline
+        if stages > model.num_layers:
+            raise ValueError(
+                f"parallel.pipeline x virtual_pipeline = {stages} leaves stages empty:"
+                f" model.num_layers = {model.num_layers}"
+            )
         if model.is_moe:
             parts.append(("num_experts", model.num_experts, "expert", self.expert))
             parts.append(("expert_hidden_size", model.expert_hidden_size, "expert_tensor", self.expert_tensor))

@@ -94,6 +94,9 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
             overlap_p2p_comm=True,
             batch_p2p_comm=False,
         )
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if model.num_layers % stages:
+        options.update(pipeline_model_parallel_layout=uneven_layout(model, stages))
     initialise = functools.partial(torch.nn.init.normal_, mean=0.0, std=model.init_std)
     return DecoderConfig(
         model=model,
@@ -131,6 +134,15 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         calculate_per_token_loss=True,
         **options,
     )
+
+
+def uneven_layout(model: ModelConfig, stages: int) -> list[list[str]]:
+    """The layers of each stage where they do not divide: the first stages take one more, as the last has the head."""
+    fewest, more = divmod(model.num_layers, stages)
+    layout = [["decoder"] * (fewest + (stage < more)) for stage in range(stages)]
+    layout[0].insert(0, "embedding")
+    layout[-1] += ["mtp"] * model.num_mtp_layers + ["loss"]
+    return layout
 
 
 def layer_spec(model: ModelConfig, moe: bool) -> ModuleSpec:

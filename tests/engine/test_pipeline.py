@@ -160,8 +160,9 @@ def test_bad_input_is_told_and_harms_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [["parallel.expert=2", "parallel.pipeline=2", "model.num_layers=2"]])
-def test_torchrun_does_what_one_process_does(whole_run: Path, tmp_path: Path, settings: list[str]) -> None:
+def test_torchrun_does_what_one_process_does(whole_run: Path, tmp_path: Path) -> None:
+    """Expert and pipeline parallelism on four processes; three layers on two stages."""
+    settings = ["parallel.expert=2", "parallel.pipeline=2"]
     run_dir = started(whole_run, tmp_path / "run")
     result = r1("run", "r1_zero", *configured(run_dir, *settings), processes=4)
     assert result.returncode == 0, result.stderr[-4000:]

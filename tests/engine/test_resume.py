@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -36,14 +37,16 @@ def command(run_dir: Path, processes: int) -> list[str]:
 def start(run_dir: Path, processes: int) -> subprocess.Popen:
     log = (run_dir.parent / f"{run_dir.name}.log").open("a")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # A session of its own, so that torchrun and its workers are killed together.
-    return subprocess.Popen(
-        command(run_dir, processes), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
+    return subprocess.Popen(command(run_dir, processes), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kill the launcher and its workers, which torchrun starts in sessions of their own, at one moment."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.suspend()
+    for member in family:
+        member.send_signal(signal.SIGKILL)
     process.wait()
 
 

@@ -110,9 +110,9 @@ def load_and_a_third_step(
     }
 
 
-def load_weights(model: str, layout: dict[str, Any], folder: str) -> list[Any]:
+def load_weights(model: str, layout: dict[str, Any], loss: str, folder: str) -> list[Any]:
     """Collective: weights only."""
-    trainer = _trainer(model, layout, 99)
+    trainer = _trainer(model, layout, 99, loss)
     checkpoint.load(trainer, folder)
     return pieces(trainer)
 
@@ -156,6 +156,7 @@ def test_resume_is_exact_and_the_layout_may_change(
             for (key, _, offset, value), (key_2, _, offset_2, value_2) in zip(before[what], after[what], strict=True):
                 assert (key, offset) == (key_2, offset_2)
                 assert torch.equal(value, value_2), f"seed {SEED}, {what}: {key}"
+    compare(assemble(load_weights(model, {}, loss, folder)), [rank["saved"] for rank in straight], 0.0)
     # From one process to the layout, and from the layout to one process.
     there = run(processes, load_and_a_third_step, model, layout, batches, loss, home)
     back = load_and_a_third_step(model, {}, batches, loss, folder)
@@ -169,7 +170,7 @@ def test_resume_is_exact_and_the_layout_may_change(
 def test_weights_alone_and_their_names_on_disk(run: Any, saved_by_one: Any) -> None:
     folder, wanted = saved_by_one()
     for processes, layout in (LAYOUTS["one process"], LAYOUTS["TP2"]):
-        compare(wanted["saved"], run(processes, load_weights, "deepseek", layout, folder), 0.0)
+        compare(wanted["saved"], run(processes, load_weights, "deepseek", layout, "supervised", folder), 0.0)
     plain = dist_checkpointing.load_plain_tensors(str(Path(folder) / "shards"))
     for key, value in wanted["saved"].items():
         assert torch.equal(plain[key].reshape(value.shape), value), key
