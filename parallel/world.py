@@ -74,7 +74,7 @@ def join(parallel: ParallelConfig, seed: int = 0) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         atexit.register(leave)
     if _current is None or not parallel_state.model_parallel_is_initialized() or _layout(parallel) != _layout(_current):
-        parallel_state.destroy_model_parallel()
+        _forget_layout()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -101,6 +101,14 @@ def join(parallel: ParallelConfig, seed: int = 0) -> World:
         context_size=parallel_state.get_context_parallel_world_size(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _forget_layout() -> None:
+    """Megatron only drops its groups; each still has a gloo thread that wakes a hundred times a second."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def leave() -> None:
