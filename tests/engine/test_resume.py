@@ -76,12 +76,14 @@ def run_to_the_end(run_dir: Path, processes: int) -> None:
 
 def kill_in_every_stage(run_dir: Path, processes: int, generator: random.Random) -> int:
     """Kill the run once in each stage, a random moment after the stage has begun; returns how often it was killed."""
+    log = run_dir.parent / f"{run_dir.name}.log"
     kills = 0
     for stage in PIPELINE:
+        written = log.stat().st_size if log.exists() else 0
         process = start(run_dir, processes)
         deadline = time.monotonic() + 300
-        while not (run_dir / stage).exists():
-            assert process.poll() is None, f"the run ended before {stage} began"
+        while f"] {stage} (" not in log.read_text()[written:]:
+            assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, f"{stage} did not begin"
             time.sleep(0.02)
         try:
