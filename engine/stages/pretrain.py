@@ -15,7 +15,7 @@ from r1.engine.evaluation import evaluate
 from r1.engine.logs import is_main_process
 from r1.engine.prompts import Deck, encode_example, everyday_prompts, reasoning_prompts
 from r1.engine.settings import Config
-from r1.engine.stage import StageRun, barrier, load_tokenizer, seed_of
+from r1.engine.stage import StageRun, load_tokenizer, seed_of
 from r1.engine.supervised import train
 
 
@@ -45,18 +45,19 @@ def corpus(config: Config, count: int) -> list[Document]:
 
 
 def make_tokenizer(config: Config, documents: Sequence[Document]) -> Tokenizer:
-    """The configured tokenizer, else one trained on the documents, kept in the run's folder."""
+    """The configured tokenizer, else one trained on the documents, kept in the run's folder. Training it is
+    deterministic, so every process does so: there is no process group to wait for each other in yet."""
     path = Path(config.run_dir) / "tokenizer.json"
-    if config.tokenizer.path is None and not path.exists():
-        texts = [d.prompt.text + d.completion for d in documents[:: max(1, len(documents) // 4000)]]
-        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
-        if is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            tokenizer.save(partial)
-            partial.replace(path)
-        barrier()
-    return load_tokenizer(config)
+    if config.tokenizer.path is not None or path.exists():
+        return load_tokenizer(config)
+    texts = [d.prompt.text + d.completion for d in documents[:: max(1, len(documents) // 4000)]]
+    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        tokenizer.save(partial)
+        partial.replace(path)
+    return tokenizer
 
 
 def plan(samples: Sequence[Sample], steps: int, tokens_per_step: int) -> list[list[int]]:
