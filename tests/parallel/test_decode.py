@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "TP2 llama, whole sequences": (2, {"tensor": 2, "sequence": False}, "llama"),
     "TP2 latent, whole sequences": (2, {"tensor": 2, "sequence": False}, "latent_dense"),
     "PP2": (2, {"pipeline": 2}, "deepseek"),
+    "PP2 uneven": (2, {"pipeline": 2}, "deepseek_3_layers"),
     "PP2 VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, "deepseek"),
     "PP2 qwen2": (2, {"pipeline": 2}, "qwen2"),
     "EP2": (2, {"expert": 2}, "deepseek"),

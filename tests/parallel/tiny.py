@@ -53,6 +53,7 @@ MODELS = {
         **_SHARED, architecture="qwen2", hidden_size=32, ffn_hidden_size=64, num_kv_heads=2, tie_embeddings=True
     ),
 }
+MODELS["deepseek_3_layers"] = MODELS["deepseek"].model_copy(update={"num_layers": 3})
 
 LOSSES = {
     "supervised": SupervisedLoss(VOCABULARY),
@@ -216,7 +217,7 @@ def _slice(whole: torch.Tensor, offset: tuple[int, ...], data: torch.Tensor) -> 
 
 def compare(reference: dict[str, torch.Tensor], ranks: list[list[Piece]], tolerance: float, scale: Any = None) -> float:
     """Every slice on every process against the whole tensor: |difference| <= tolerance × the tensor's largest value
-    (of `scale` where given). All of every tensor must be held by someone. Returns the largest relative difference."""
+    (of `scale` where given; then a few units in the last place of the tensor itself are allowed too). All of every tensor must be held by someone. Returns the largest relative difference."""
     seen = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in reference.items()}
     worst, where = 0.0, ""
     for rank, parts in enumerate(ranks):
@@ -225,6 +226,8 @@ def compare(reference: dict[str, torch.Tensor], ranks: list[list[Piece]], tolera
             assert shape == tuple(reference[key].shape), key
             size = float((scale or reference)[key].abs().max())
             error = float((_slice(reference[key], offset, data).double() - data.double()).abs().max())
+            if scale is not None:
+                error = max(0.0, error - 4 * torch.finfo(data.dtype).eps * float(reference[key].abs().max()))
             relative = error / size if size else (0.0 if error == 0.0 else float("inf"))
             if not relative <= worst:
                 worst, where = relative, f"{key}[{offset}] on rank {rank}: {error} beside {size}"
