@@ -217,7 +217,8 @@ def _slice(whole: torch.Tensor, offset: tuple[int, ...], data: torch.Tensor) -> 
 
 def compare(reference: dict[str, torch.Tensor], ranks: list[list[Piece]], tolerance: float, scale: Any = None) -> float:
     """Every slice on every process against the whole tensor: |difference| <= tolerance × the tensor's largest value
-    (of `scale` where given; then a few units in the last place of the tensor itself are allowed too). All of every tensor must be held by someone. Returns the largest relative difference."""
+    (of `scale` where given; then a few units in the last place of the tensor itself are allowed too). All of every
+    tensor must be held by someone. Returns the largest relative difference."""
     seen = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in reference.items()}
     worst, where = 0.0, ""
     for rank, parts in enumerate(ranks):
