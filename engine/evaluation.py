@@ -8,22 +8,35 @@ from typing import Any
 from r1.engine import rewards
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
-from r1.engine.engine import Engine, SamplingParameters
+from r1.engine.engine import Completion, Engine, SamplingParameters
 from r1.engine.evaluate_metrics import cons_at_k, pass_at_1
+from r1.engine.logs import StageProgress
 from r1.engine.prompts import encode_prompts, reasoning_prompts
 from r1.engine.settings import Sampling
 from r1.engine.stage import StageRun, seed_of, shared_map
 
 
+def sample(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling, seed: int, title: str
+) -> list[list[Completion]]:
+    """`completions_per_prompt` completions of each prompt, with a bar of progress named `title`."""
+    encoded = encode_prompts(tokenizer, prompts, engine.model_config.max_positions)
+    parameters, done = sampling_parameters(sampling, tokenizer), 0
+    with StageProgress(title, len(prompts)) as progress:
+
+        def advance(count: int) -> None:  # of this process; the others do about as many
+            nonlocal done
+            done = min(len(prompts), done + count * engine.world.data_size * engine.world.context_size)
+            progress.update(done)
+
+        return engine.generate(encoded, parameters, sampling.completions_per_prompt, seed, progress=advance)
+
+
 def sample_texts(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling, seed: int, length: int = 0
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling, seed: int, title: str
 ) -> list[list[str]]:
-    """`completions_per_prompt` texts of each prompt, without eos."""
-    limit = engine.model_config.max_positions
-    parameters = sampling_parameters(sampling, tokenizer)
-    sampled = engine.generate(
-        encode_prompts(tokenizer, prompts, limit), parameters, sampling.completions_per_prompt, seed
-    )
+    """As `sample`, as texts without eos."""
+    sampled = sample(engine, tokenizer, prompts, sampling, seed, title)
     return [[completion_text(tokenizer, c.tokens) for c in group] for group in sampled]
 
 
@@ -43,9 +56,11 @@ def evaluate(run: StageRun, engine: Engine, tokenizer: Tokenizer) -> dict[str, A
     settings = config.stages.evaluate
     prompts = reasoning_prompts(config, "eval")
     with run.timer.phase("evaluate"):
-        texts = sample_texts(engine, tokenizer, prompts, settings, seed_of(config, "evaluate"))
+        sampled = sample(engine, tokenizer, prompts, settings, seed_of(config, "evaluate"), f"{run.title}: evaluation")
+        texts = [[completion_text(tokenizer, c.tokens) for c in group] for group in sampled]
         result = score(prompts, texts)
-        result["length"] = sum(len(tokenizer.encode(t)) for group in texts for t in group) / sum(map(len, texts))
+        # Of what was sampled: a text need not come apart into the tokens that made it.
+        result["length"] = sum(len(c.tokens) for group in sampled for c in group) / sum(map(len, sampled))
     run.write("evaluation.json", result)
     rows = [
         {"prompt": p.text, "completion": group[0], "accuracy": rewards.accuracy(p, group[0], p.answer)}

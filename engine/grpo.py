@@ -1,12 +1,14 @@
 """The reinforcement-learning loop of R1-Zero, reasoning RL and RL for all scenarios (GRPO, arXiv 2402.03300).
 
 One rollout serves `minibatches_per_rollout` optimiser steps, each on prompts of its own. With one step a rollout the
-old policy is the one that sampled, so its log-probabilities are the rollout's; with several they are computed again
-by the training path, and the difference is the mismatch that is logged.
+old policy is the one that sampled, so its log-probabilities are the rollout's; with several (or where importance_cap
+compares the two) they are computed again by the training path. The mismatch of the two paths is logged where both are
+known: every time, or for one group of every tenth step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from r1.engine import rewards
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Engine, Sample
+from r1.engine.errors import UserError
 from r1.engine.evaluation import completion_text, evaluate, sampling_parameters
 from r1.engine.logs import StageProgress
 from r1.engine.prompts import Deck, encode_prompts, everyday_prompts, reasoning_prompts
@@ -26,6 +29,7 @@ from r1.kernels import group_advantages
 # (prompts, completions) → one score in 0..1 each; given by a reward model, for many texts at once
 Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
+LOOK_INTERVAL_STEPS = 10
 SAMPLES_LOGGED = 4  # completions kept for reading, in every tenth step
 
 
@@ -44,11 +48,11 @@ def run_grpo(config: Config, name: str, judge: Callable[[Config, Tokenizer], Jud
         Deck(max(1, len(general)), seed_of(config, name, "general")),
     )
     step = int(state["step"])
-    if engine.reference is None:
-        engine.update_reference()
     with StageProgress(run.title, run.settings.steps, step) as progress:
         while step < run.settings.steps:
             settings = run.settings.at_step(step)
+            if settings.kl_coefficient > 0 and engine.reference is None:
+                engine.update_reference()
             prompts = _deal(settings, step, reasoning, general, decks)
             samples, scores, metrics = _rollout(run, engine, tokenizer, settings, prompts, preference, step)
             step = _learn(run, engine, settings, samples, scores, metrics, step, progress)
@@ -120,16 +124,13 @@ def _rollout(
     metrics = {"seconds_rollout": rollout_seconds, "seconds_rewards": reward_seconds}
     with run.timer.phase("logprobs"):
         began = run.timer.seconds
-        if settings.minibatches_per_rollout > 1:
-            recomputed, _ = engine.logprobs(flat, "policy", settings.temperature, settings.tokens_per_micro_batch)
-            for sample, values in zip(flat, recomputed, strict=True):
-                sample.old_logprobs = values
+        metrics |= _old_logprobs(engine, settings, flat, look=step % LOOK_INTERVAL_STEPS == 0)
         if settings.kl_coefficient > 0:
             reference, _ = engine.logprobs(flat, "reference", settings.temperature, settings.tokens_per_micro_batch)
             for sample, values in zip(flat, reference, strict=True):
                 sample.reference_logprobs = values
         metrics["seconds_logprobs"] = run.timer.seconds - began
-    if step % 10 == 0:
+    if step % LOOK_INTERVAL_STEPS == 0:
         rows = [
             {"prompt": prompts[i].text, "completion": texts[i][0], **scores[i][0]}
             for i in range(min(SAMPLES_LOGGED, len(prompts)))
@@ -144,18 +145,40 @@ def _rollout(
     )
 
 
+def _old_logprobs(engine: Engine, settings: GrpoStage, samples: list[Sample], look: bool) -> dict[str, float]:
+    """Where they differ from the rollout's, put the training path's log-probabilities into the samples as the old
+    policy's; else compute those of one group to `look` at the mismatch (mean absolute difference, nats a token)."""
+    again = settings.minibatches_per_rollout > 1 or settings.importance_cap is not None
+    chosen = samples if again else samples[: settings.completions_per_prompt] if look else []
+    if not chosen:
+        return {}
+    recomputed, _ = engine.logprobs(chosen, "policy", settings.temperature, settings.tokens_per_micro_batch)
+    gaps = [abs(a - b) for s, own in zip(chosen, recomputed, strict=True) for a, b in zip(own, s.rollout_logprobs)]
+    if again:
+        for sample, values in zip(chosen, recomputed, strict=True):
+            sample.old_logprobs = values
+    return {"mismatch": sum(gaps) / len(gaps)}
+
+
 def _score(
     prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], specs: Sequence[RewardConfig], preference: Judge | None
 ) -> list[list[dict[str, Any]]]:
     """Every reward of every completion, and "reward", their weighted sum for this kind of prompt."""
     ruled = [(spec, rewards.load_reward(spec.name)) for spec in specs if spec.name != "reward_model"]
+    if preference is None and len(ruled) < len(specs):
+        raise UserError("the reward reward_model is known to all_scenarios_rl only")
 
     def by_rules(pair: tuple[Prompt, str]) -> dict[str, Any]:
         prompt, text = pair
-        row: dict[str, Any] = {"reward": 0.0}
+        # Every rule is logged, rewarded or not: R1-Zero's languages mix because nothing rewards keeping to one.
+        kept = {
+            name: rule for name, rule in rewards.REWARDS.items() if name != "accuracy" or prompt.kind == "reasoning"
+        }
+        row: dict[str, Any] = {"reward": 0.0, **{n: rule(prompt, text, prompt.answer) for n, rule in kept.items()}}
         for spec, function in ruled:
             if _applies(spec, prompt):
-                row[spec.name] = function(prompt, text, prompt.answer)
+                if spec.name not in row:
+                    row[spec.name] = _number(spec.name, function(prompt, text, prompt.answer))
                 row["reward"] += spec.weight * row[spec.name]
         return row
 
@@ -171,6 +194,16 @@ def _score(
                     rows[i]["reward"] += spec.weight * value
     G = len(texts[0])
     return [rows[i * G : (i + 1) * G] for i in range(len(prompts))]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"reward {name} gave {value!r}, wanted a finite number")
+    return number
 
 
 def _applies(spec: RewardConfig, prompt: Prompt) -> bool:
@@ -190,6 +223,7 @@ def _learn(
     progress: StageProgress,
 ) -> int:
     """One optimiser step a minibatch; the next step's number."""
+    mismatch = {name: costs.pop(name) for name in ("mismatch",) if name in costs}
     share = {name: value / len(minibatches) for name, value in costs.items()}
     for samples, rows in zip(minibatches, scores, strict=True):
         if step >= run.settings.steps:
@@ -203,7 +237,7 @@ def _learn(
         means = {n: sum(r[n] for r in rows if n in r) / max(1, sum(n in r for r in rows)) for n in names}
         length = sum(len(s.tokens) - s.prompt_length for s in samples) / len(samples)
         total = sum(len(s.tokens) for s in samples)
-        row = {**metrics, **means, "length": length, "lr": lr, **share}
+        row = {**metrics, **mismatch, **means, "length": length, "lr": lr, **share}
         row["tokens_per_second"] = total / max(sum(share.values()), 1e-9)
         run.log.append(step, row)
         run.last_step = step
@@ -213,7 +247,7 @@ def _learn(
         }
         progress.update(step, shown)
         interval = settings.reference_interval_steps
-        if interval and step % interval == 0:
+        if interval and step % interval == 0 and engine.reference is not None:
             engine.update_reference()
     # Between rollouts only: what is saved is what the next rollout starts from.
     run.save(engine, step)

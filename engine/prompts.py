@@ -55,6 +55,16 @@ def everyday_prompts(config: Config, split: str = "train", count: int | None = N
         raise UserError(f"{count} general prompts ({split}) are wanted: {error}") from None
 
 
+def answerable(prompts: list[Prompt], what: str) -> list[Prompt]:
+    """The everyday prompts, if there are some and good answers to them are known; else a UserError about `what`."""
+    if not prompts:
+        raise UserError(f"{what}: there is none")
+    for prompt in prompts:
+        if "activity" not in prompt.metadata:
+            raise UserError(f"{what}: there is no known answer to prompt {prompt.id}, which is not one of r1's own")
+    return prompts
+
+
 @functools.lru_cache(maxsize=4)
 def _cached(data: str, seed: int, split: str) -> tuple[Prompt, ...]:
     settings = DataConfig.model_validate_json(data)

@@ -13,9 +13,9 @@ from r1.engine.stage import StageRun, seed_of
 
 def train(run: StageRun, engine: Engine, start: int, steps: int, batch: Callable[[int], Sequence[Sample]]) -> None:
     """Optimiser steps `start` to `steps`, step s on the samples `batch(s)`; saves on the way and at the end."""
-    settings = run.settings
     with StageProgress(run.title, steps, start) as progress:
         for step in range(start, steps):
+            settings = run.settings.at_step(step)
             lr = settings.optimizer.lr_at(step, steps)
             began = run.timer.seconds
             with run.timer.phase("train"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
+from r1.engine.errors import UserError
 from r1.engine.grpo import Judge, run_grpo
 from r1.engine.rewards import summary_of
 from r1.engine.settings import Config
@@ -24,6 +25,8 @@ def reward_model_judge(config: Config, tokenizer: Tokenizer) -> Judge:
     harmful wish safety alone."""
     settings = config.stages.all_scenarios_rl
     engine = open_engine(config, settings.reward_model_from, tokenizer)
+    if not engine.policy.value_head:
+        raise UserError(f"all_scenarios_rl: {settings.reward_model_from} is a language model, not a reward model")
     room = engine.model_config.max_positions
 
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

@@ -38,7 +38,8 @@ def sample_examples(stage: StageRun, tokenizer: Tokenizer) -> None:
     chosen = [prompts[i] for i in deck.deal(0, min(settings.prompts, len(prompts)))]
     with stage.timer.phase("rollout"):
         engine = open_engine(config, settings.samples_from, tokenizer)
-        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"))
+        title = f"{stage.title}: sampling"
+        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"), title)
         engine.close()
     pairs: list[tuple[Prompt, str]] = [(p, t) for p, group in zip(chosen, texts, strict=True) for t in group]
     kept, dropped = filter_completions(pairs, [FILTERS[name] for name in settings.filters])

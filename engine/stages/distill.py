@@ -21,22 +21,22 @@ def run(config: Config) -> None:
         return
     tokenizer = load_tokenizer(config)
     examples = examples_of(config, stage.settings.data)
-    steps = teach(config, "", examples, tokenizer)
+    steps = teach(stage, examples, tokenizer)
     if stage.settings.compare_undistilled:
         prompts = [e.prompt for e in examples]
         raw = original_documents(prompts, seed_of(config, "distill", "original"))
-        teach(config, "undistilled", [Example(d.prompt, d.completion) for d in raw], tokenizer, steps)
+        other = StageRun(config, "distill", "undistilled")
+        teach(other, [Example(d.prompt, d.completion) for d in raw], tokenizer, steps)
+        other.finish("checkpoint", "evaluation.json")
     stage.finish("checkpoint", "evaluation.json")
 
 
-def teach(config: Config, part: str, examples: Sequence[Example], tokenizer: Tokenizer, steps: int = 0) -> int:
+def teach(stage: StageRun, examples: Sequence[Example], tokenizer: Tokenizer, steps: int = 0) -> int:
     """Train and measure one student; the optimiser steps it took."""
-    stage = StageRun(config, "distill", part)
+    config = stage.config
     engine, state = stage.start(stage.settings.from_, model=config.student or config.model, tokenizer=tokenizer)
     samples = [encode_example(tokenizer, e.prompt, e.completion) for e in examples]
     steps = fit(stage, engine, int(state["step"]), samples, steps)
     evaluate(stage, engine, tokenizer)
     engine.close()
-    stage.log.close()
-    stage.timer.close()
     return steps

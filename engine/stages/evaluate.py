@@ -10,6 +10,7 @@ from r1.engine.stage import StageRun, load_tokenizer, open_engine
 
 def run(config: Config) -> None:
     stage = StageRun(config, "evaluate")
+    stage.log.truncate_after(-1)  # of an earlier evaluation
     tokenizer = load_tokenizer(config)
     engine = open_engine(config, stage.settings.from_, tokenizer)
     result = evaluation.evaluate(stage, engine, tokenizer)

@@ -9,7 +9,7 @@ from r1.engine.errors import UserError
 from r1.engine.evaluation import sample_texts
 from r1.engine.filters import FILTERS, filter_completions
 from r1.engine.logs import say
-from r1.engine.prompts import Deck, everyday_prompts, example_rows, reasoning_prompts
+from r1.engine.prompts import Deck, answerable, everyday_prompts, example_rows, reasoning_prompts
 from r1.engine.settings import Config
 from r1.engine.stage import StageRun, load_tokenizer, open_engine, seed_of, write_jsonl
 
@@ -20,9 +20,10 @@ def run(config: Config) -> None:
         return
     tokenizer = load_tokenizer(config)
     reasoning = keep_the_best(stage, tokenizer)
-    general = helpful_documents(
-        everyday_prompts(config, count=stage.settings.general_samples), seed_of(config, stage.name, "general")
-    )
+    asked = everyday_prompts(config, count=stage.settings.general_samples)
+    if asked:
+        asked = answerable(asked, f"{stage.title}: general samples")
+    general = helpful_documents(asked, seed_of(config, stage.name, "general"))
     write_jsonl(stage.folder / "data.jsonl", example_rows([*reasoning, *general]))
     say(f"{stage.title}: {len(reasoning)} reasoning and {len(general)} general samples")
     stage.finish("data.jsonl")
@@ -36,7 +37,8 @@ def keep_the_best(stage: StageRun, tokenizer: Tokenizer) -> list[tuple[Prompt, s
     chosen = [prompts[i] for i in deck.deal(0, min(settings.prompts, len(prompts)))]
     with stage.timer.phase("rollout"):
         engine = open_engine(config, settings.from_, tokenizer)
-        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"))
+        title = f"{stage.title}: sampling"
+        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"), title)
         engine.close()
     filters = [FILTERS[name] for name in settings.filters]
     kept: list[tuple[Prompt, str]] = []

@@ -9,8 +9,9 @@ from r1.engine.data.documents import preference_pairs, safety_examples
 from r1.engine.data.tasks import Prompt, prompt_tokens
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Engine, Preference
+from r1.engine.errors import UserError
 from r1.engine.logs import StageProgress
-from r1.engine.prompts import Deck, everyday_prompts
+from r1.engine.prompts import Deck, answerable, everyday_prompts
 from r1.engine.settings import Config
 from r1.engine.stage import StageRun, load_tokenizer, seed_of
 
@@ -28,10 +29,10 @@ def run(config: Config) -> None:
     deck = Deck(len(examples), seed_of(config, stage.name, "order"))
     with StageProgress(stage.title, steps, int(state["step"])) as progress:
         for step in range(int(state["step"]), steps):
-            batch = [examples[i] for i in deck.deal(step * size, size)]
-            lr = settings.optimizer.lr_at(step, steps)
+            batch, now = [examples[i] for i in deck.deal(step * size, size)], settings.at_step(step)
+            lr = now.optimizer.lr_at(step, steps)
             with stage.timer.phase("train"):
-                metrics = engine.reward_step(batch, lr=lr, tokens_per_micro_batch=settings.tokens_per_micro_batch)
+                metrics = engine.reward_step(batch, lr=lr, tokens_per_micro_batch=now.tokens_per_micro_batch)
             stage.log.append(step, {**metrics, "lr": lr})
             stage.last_step = step
             progress.update(step + 1, {"loss": metrics["loss"], "accuracy": metrics["accuracy"]})
@@ -50,7 +51,7 @@ def judged_tokens(tokenizer: Tokenizer, prompt: Prompt, text: str) -> list[int]:
 def training_examples(config: Config, tokenizer: Tokenizer) -> list[Preference]:
     """Pairs of final answers, and whole responses with their safety; lengths of a pair are alike by construction."""
     settings = config.stages.reward_model
-    asked = everyday_prompts(config, kind="general")
+    asked = answerable(everyday_prompts(config, kind="general"), "reward_model: general prompts to train on")
     wishes = everyday_prompts(config, count=max(1, len(asked) // 3), kind="safety")
     seed = seed_of(config, "reward_model", "examples")
     pairs = preference_pairs([asked[i] for i in Deck(len(asked), seed).deal(0, settings.pairs)], seed)
@@ -62,13 +63,17 @@ def training_examples(config: Config, tokenizer: Tokenizer) -> list[Preference]:
     ]
     examples += [Preference(judged_tokens(tokenizer, p, text), label=float(safe)) for p, text, safe in labelled]
     longest = settings.max_tokens
-    return [e for e in examples if max(len(e.chosen), len(e.rejected or [])) <= longest]
+    kept = [e for e in examples if max(len(e.chosen), len(e.rejected or [])) <= longest]
+    if not kept:
+        raise UserError(f"reward_model: all {len(examples)} examples are longer than max_tokens = {longest}")
+    return kept
 
 
 def ranking_accuracy(stage: StageRun, engine: Engine, tokenizer: Tokenizer) -> float:
     """The share of held-out pairs whose chosen answer scores higher."""
     config, settings = stage.config, stage.settings
     prompts = everyday_prompts(config, "eval", count=settings.heldout_pairs, kind="general")
+    prompts = answerable(prompts, "reward_model: held-out general prompts")
     pairs = preference_pairs(prompts, seed_of(config, stage.name, "heldout"))
     texts = [judged_tokens(tokenizer, p, text) for p, chosen, rejected in pairs for text in (chosen, rejected)]
     with stage.timer.phase("evaluate"):
