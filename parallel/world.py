@@ -21,8 +21,8 @@ _current: ParallelConfig | None = None
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `data_*` counts data-parallel replicas, `sample_*` counts the processes that hold
-    different samples (data x context), which is how rollout divides its prompts."""
+    """Where this process stands. Rollout divides its prompts over `groups.dp_cp`, the processes that can hold different
+    ones: data-parallel replicas and, since decoding needs no context split, context-parallel ranks."""
 
     rank: int
     size: int
