@@ -1,4 +1,4 @@
-# make demo    every stage of DeepSeek-R1 on a tiny model; names its report at the end (about 10 minutes)
+# make demo    every stage of DeepSeek-R1 on a tiny model; names its report at the end
 # make test    the tests, without the slow ones and those that need a GPU
 # make slow    the slow tests               make gpu     the tests that need a GPU
 # make lint    ruff and mypy                make format  what ruff can put right

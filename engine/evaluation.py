@@ -11,9 +11,9 @@ from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Completion, Engine, SamplingParameters
 from r1.engine.evaluate_metrics import cons_at_k, pass_at_1
 from r1.engine.logs import StageProgress
-from r1.engine.prompts import encode_prompts, reasoning_prompts
+from r1.engine.prompts import Deck, encode_prompts, reasoning_prompts
 from r1.engine.settings import Sampling
-from r1.engine.stage import StageRun, seed_of, shared_map
+from r1.engine.stage import StageRun, open_engine, seed_of, shared_map
 
 
 def sample(
@@ -101,3 +101,17 @@ def score(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> dict[str
         "k": len(texts[0]),
         "tasks": {name: measure(part) for name, part in sorted(tasks.items())},
     }
+
+
+def sample_training_prompts(run: StageRun, tokenizer: Tokenizer, source: str) -> list[tuple[Prompt, list[str]]]:
+    """What the model `source` says about as many training prompts as the stage asks for: each with its texts."""
+    config, settings = run.config, run.settings
+    prompts = reasoning_prompts(config)
+    deck = Deck(len(prompts), seed_of(config, run.name, "prompts"))
+    chosen = [prompts[i] for i in deck.deal(0, min(settings.prompts, len(prompts)))]
+    with run.timer.phase("rollout"):
+        engine = open_engine(config, source, tokenizer)
+        seed = seed_of(config, run.name, "rollout")
+        texts = sample_texts(engine, tokenizer, chosen, settings, seed, f"{run.title}: sampling")
+        engine.close()
+    return list(zip(chosen, texts, strict=True))

@@ -170,7 +170,7 @@ class Filtering(Section):
 
 
 class PretrainStage(StageConfig):
-    """Base model from documents: next-token loss over the whole text."""
+    """Base model from documents: next-token loss on what follows the prompt, as many steps as the documents last."""
 
     steps: Count = 1000
     documents: Count = 20000

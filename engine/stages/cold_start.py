@@ -5,12 +5,12 @@ from __future__ import annotations
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.errors import UserError
-from r1.engine.evaluation import evaluate, sample_texts
+from r1.engine.evaluation import evaluate, sample_training_prompts
 from r1.engine.filters import FILTERS, filter_completions
 from r1.engine.logs import say
-from r1.engine.prompts import Deck, encode_example, example_rows, load_examples, reasoning_prompts
+from r1.engine.prompts import encode_example, example_rows, load_examples
 from r1.engine.settings import Config
-from r1.engine.stage import StageRun, load_tokenizer, open_engine, seed_of, write_jsonl
+from r1.engine.stage import StageRun, load_tokenizer, write_jsonl
 from r1.engine.supervised import fit
 
 
@@ -32,16 +32,9 @@ def run(config: Config) -> None:
 
 def sample_examples(stage: StageRun, tokenizer: Tokenizer) -> None:
     """Write data.jsonl: what R1-Zero says about some prompts, as far as it is worth learning."""
-    config, settings = stage.config, stage.settings
-    prompts = reasoning_prompts(config)
-    deck = Deck(len(prompts), seed_of(config, stage.name, "prompts"))
-    chosen = [prompts[i] for i in deck.deal(0, min(settings.prompts, len(prompts)))]
-    with stage.timer.phase("rollout"):
-        engine = open_engine(config, settings.samples_from, tokenizer)
-        title = f"{stage.title}: sampling"
-        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"), title)
-        engine.close()
-    pairs: list[tuple[Prompt, str]] = [(p, t) for p, group in zip(chosen, texts, strict=True) for t in group]
+    settings = stage.settings
+    sampled = sample_training_prompts(stage, tokenizer, settings.samples_from)
+    pairs: list[tuple[Prompt, str]] = [(p, t) for p, group in sampled for t in group]
     kept, dropped = filter_completions(pairs, [FILTERS[name] for name in settings.filters])
     say(f"{stage.title}: {len(kept)} of {len(pairs)} samples kept; dropped {dropped}")
     stage.write("filters.json", {"sampled": len(pairs), "kept": len(kept), "dropped": dropped})

@@ -6,12 +6,12 @@ from r1.engine.data.documents import helpful_documents
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.errors import UserError
-from r1.engine.evaluation import sample_texts
+from r1.engine.evaluation import sample_training_prompts
 from r1.engine.filters import FILTERS, filter_completions
 from r1.engine.logs import say
-from r1.engine.prompts import Deck, answerable, everyday_prompts, example_rows, reasoning_prompts
+from r1.engine.prompts import answerable, everyday_prompts, example_rows
 from r1.engine.settings import Config
-from r1.engine.stage import StageRun, load_tokenizer, open_engine, seed_of, write_jsonl
+from r1.engine.stage import StageRun, load_tokenizer, seed_of, write_jsonl
 
 
 def run(config: Config) -> None:
@@ -31,26 +31,19 @@ def run(config: Config) -> None:
 
 def keep_the_best(stage: StageRun, tokenizer: Tokenizer) -> list[tuple[Prompt, str]]:
     """Dev2's samples that pass every filter, different ones, a few for each prompt."""
-    config, settings = stage.config, stage.settings
-    prompts = reasoning_prompts(config)
-    deck = Deck(len(prompts), seed_of(config, stage.name, "prompts"))
-    chosen = [prompts[i] for i in deck.deal(0, min(settings.prompts, len(prompts)))]
-    with stage.timer.phase("rollout"):
-        engine = open_engine(config, settings.from_, tokenizer)
-        title = f"{stage.title}: sampling"
-        texts = sample_texts(engine, tokenizer, chosen, settings, seed_of(config, stage.name, "rollout"), title)
-        engine.close()
+    settings = stage.settings
+    groups = sample_training_prompts(stage, tokenizer, settings.from_)
     filters = [FILTERS[name] for name in settings.filters]
     kept: list[tuple[Prompt, str]] = []
     dropped: dict[str, int] = {}
     with stage.timer.phase("filter"):
-        for prompt, group in zip(chosen, texts, strict=True):
+        for prompt, group in groups:
             different = list(dict.fromkeys(group))
             good, reasons = filter_completions([(prompt, text) for text in different], filters)
             kept += good[: settings.max_samples_per_prompt]
             for reason, count in reasons.items():
                 dropped[reason] = dropped.get(reason, 0) + count
-    sampled = sum(len(group) for group in texts)
+    sampled = sum(len(group) for _, group in groups)
     if not kept:
         raise UserError(f"{stage.title}: none of {sampled} samples passed the filters ({dropped})")
     stage.write("filters.json", {"sampled": sampled, "kept": len(kept), "dropped": dropped})
