@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -237,6 +238,18 @@ def compare(reference: dict[str, torch.Tensor], ranks: list[list[Piece]], tolera
     assert not missing, f"no process holds all of {missing}"
     assert worst <= tolerance, f"relative difference {worst:.2e} at {where}"
     return worst
+
+
+def same_metrics(got: dict[str, float], wanted: dict[str, float], tolerance: float) -> None:
+    """To a relative tolerance, but of the sum of the terms' sizes where terms of both signs may cancel: a policy's
+    loss, whose weights add up to 1, and the k1 estimates, whose sizes the k2 sum bounds (Cauchy-Schwarz)."""
+    assert got.keys() == wanted.keys()
+    scales = {"loss": 1.0}
+    if "kl_k1_sum" in wanted:
+        scales["kl_k1_sum"] = (2 * wanted["token_count"] * wanted["kl_k2_sum"]) ** 0.5
+    for name, value in wanted.items():
+        room = max(tolerance * scales.get(name, 0.0), 1e-7)
+        assert got[name] == pytest.approx(value, rel=tolerance, abs=room), name
 
 
 # ------------------------------------------------------------------------------------------------------ several steps
