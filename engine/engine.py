@@ -20,7 +20,7 @@ from r1.engine.settings import Config, GrpoStage, OptimizerConfig
 from r1.kernels import aggregation_weights
 from r1.parallel import checkpoint
 from r1.parallel.config import ModelConfig
-from r1.parallel.loss import Loss, PolicyLoss, PreferenceLoss, SupervisedLoss, TokenLogprobs, sequence_values
+from r1.parallel.loss import IGNORED, Loss, PolicyLoss, PreferenceLoss, SupervisedLoss, TokenLogprobs, sequence_values
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import World, join
@@ -138,7 +138,8 @@ class Engine:
                 raise ValueError("there is no reference model yet: call update_reference() first")
             trainer = self.reference
         function = TokenLogprobs(self.vocab_size, temperature or 1.0)
-        rows = self._read(trainer, [s.tokens for s in samples], function, tokens_per_micro_batch)
+        texts, predicted = [s.tokens for s in samples], [s.predicted for s in samples]
+        rows = self._read(trainer, texts, function, tokens_per_micro_batch, predicted)
         logprobs, entropies = [], []
         for sample, (chosen, entropy) in zip(samples, rows, strict=True):
             # Row i of the model's output predicts token i + 1.
@@ -302,9 +303,10 @@ class Engine:
             batch.fields[name] = torch.tensor(column, dtype=torch.float32, device=self.world.device)
         return batch
 
-    def _pack(self, texts: Sequence[list[int]]) -> MicroBatch:
-        """Texts end to end, with the next token of each as its target. No text makes one token that counts for
-        nothing: every replica takes part in every micro-batch."""
+    def _pack(self, texts: Sequence[list[int]], predicted: Sequence[range] | None = None) -> MicroBatch:
+        """Texts end to end, with the next token of each as its target; where `predicted` is given, other tokens are
+        nobody's target. No text makes one token that counts for nothing: every replica takes part in every
+        micro-batch."""
         device = self.world.device
         if not texts:
             batch = self._pack([[0]])
@@ -315,6 +317,9 @@ class Engine:
         cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
         targets_T = tokens_T.roll(-1)
         targets_T[ends.to(device) - 1] = 0
+        if predicted is not None:
+            wanted = [i + 1 in span for text, span in zip(texts, predicted) for i in range(len(text))]
+            targets_T[~torch.tensor(wanted, device=device)] = IGNORED
         return MicroBatch(tokens_T, cu_seqlens, {"targets": targets_T})
 
     def _read(
@@ -323,11 +328,14 @@ class Engine:
         texts: Sequence[list[int]],
         function: Callable[..., Tensor],
         tokens_per_micro_batch: int,
+        predicted: Sequence[range] | None = None,
         by_text: bool = False,
     ) -> list[tuple[list[float], ...]]:
         """`function`'s columns for every text: of its tokens, or (`by_text`) of the text as a whole."""
         plan = pack_indices([len(t) for t in texts], tokens_per_micro_batch, self.world.data_size)[self.world.data_rank]
-        batches = [self._pack([texts[i] for i in part]) for part in plan]
+        batches = [
+            self._pack([texts[i] for i in part], [predicted[i] for i in part] if predicted else None) for part in plan
+        ]
         outputs = trainer.read(batches, function)
         mine: dict[int, tuple[list[float], ...]] = {}
         for part, output in zip(plan, outputs, strict=True):

@@ -7,6 +7,8 @@ passed its tests on this kind of device, which on a CPU is `torch`.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -19,12 +21,17 @@ BACKENDS = ("cuda", "triton", "torch")  # fastest first
 
 LIBRARY = torch.library.Library("r1", "DEF")
 
-_implementations: dict[str, dict[str, ModuleType]] = {}
+_implementations: dict[str, dict[str, ModuleType | str]] = {}
 _proven: dict[tuple[str, str], frozenset[str]] = {}
 
 
-def register(family: str, backend: str, module: ModuleType, proven_on: tuple[str, ...]) -> None:
-    """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it."""
+def register(family: str, backend: str, module: ModuleType | str, proven_on: tuple[str, ...]) -> None:
+    """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it.
+
+    A module given by its name is imported when it is first wanted. Triton's are left out where Triton is not installed.
+    """
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return
     _implementations.setdefault(family, {})[backend] = module
     _proven[family, backend] = frozenset(proven_on)
 
@@ -32,20 +39,25 @@ def register(family: str, backend: str, module: ModuleType, proven_on: tuple[str
 def implementation(family: str, device: torch.device) -> ModuleType:
     """The module that runs `family` on `device`.
 
-    Raises ValueError if R1_KERNELS is no backend's name, or names one that this family does not have.
+    Raises ValueError if R1_KERNELS is no backend's name, or names one that this family or this device does not have.
     """
     available = _implementations[family]
     wanted = os.environ.get("R1_KERNELS") or "auto"
     if wanted == "auto":
-        for backend in BACKENDS:
-            if backend in available and device.type in _proven[family, backend]:
-                return available[backend]
-        return available["torch"]
+        proven = (b for b in BACKENDS if b in available and device.type in _proven[family, b])
+        wanted = next(proven, "torch")
     if wanted not in BACKENDS:
         raise ValueError(f"R1_KERNELS is {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}")
     if wanted not in available:
         raise ValueError(f"R1_KERNELS is {wanted!r}, but the {family} family has only: {', '.join(available)}")
-    return available[wanted]
+    if wanted == "cuda" and device.type != "cuda":
+        raise ValueError(f"R1_KERNELS is 'cuda', but the tensors are on {device}")
+    if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("R1_KERNELS is 'triton', but tensors on a CPU need Triton's interpreter: TRITON_INTERPRET=1")
+    module = available[wanted]
+    if isinstance(module, str):
+        module = available[wanted] = importlib.import_module(module)
+    return module
 
 
 def operator(

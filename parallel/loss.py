@@ -21,6 +21,8 @@ from r1.kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear
 from r1.parallel.model import DecoderModel
 from r1.parallel.packing import MicroBatch, PackedSequence
 
+IGNORED = -100  # a target that is not computed
+
 Metrics = dict[str, Tensor]
 Loss = Callable[[DecoderModel, list[Tensor], MicroBatch, PackedSequence], tuple[Tensor, Metrics]]
 
@@ -64,6 +66,7 @@ class SupervisedLoss:
         for depth, hidden_TH in enumerate(hidden):
             targets_T = packed.local(_shift(batch.fields["targets"], depth, batch.cu_seqlens))
             weights_T = packed.local(_shift(batch.fields["weights"], depth, batch.cu_seqlens))
+            targets_T = targets_T.masked_fill(weights_T == 0, IGNORED)
             loss_T = model.head(
                 hidden_TH,
                 lambda h, w, t=targets_T: linear_cross_entropy(
@@ -132,12 +135,13 @@ class PolicyLoss:
         else:
             # The ratio of a sequence needs all its tokens: gather the log-probabilities, compute the whole loss on
             # every rank, and let each rank keep its own tokens' gradients and its share of the sums.
-            own_T, entropy_T = self._logprobs(model, hidden[0], packed.local(batch.fields["targets"]))
+            targets_T = field["targets"].masked_fill(field["weights"] == 0, IGNORED)
+            own_T, entropy_T = self._logprobs(model, hidden[0], packed.local(targets_T))
             loss, metrics = grpo_loss(_whole_stream(own_T, model, packed), *fixed, **options, **rest)
             ways = model.pg_collection.cp.size()
             metrics = {name: value if name.endswith("_max") else value / ways for name, value in metrics.items()}
             metrics["loss"] = loss.detach() / ways
-            metrics["entropy_sum"] = (entropy_T * (packed.local(field["weights"]) != 0)).sum()
+            metrics["entropy_sum"] = entropy_T.sum()
             return loss, metrics
         metrics["loss"] = loss.detach()
         return loss, metrics
@@ -198,7 +202,8 @@ def sequence_values(model: DecoderModel, hidden: list[Tensor], batch: MicroBatch
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """log p(target) and the entropy of every token of the stream, without gradients: (T, 2) float32."""
+    """log p(target) and the entropy of every token of the stream, without gradients: (T, 2) float32. Both are 0 where
+    the target is IGNORED."""
 
     vocab_size: int
     temperature: float = 1.0

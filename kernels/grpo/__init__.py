@@ -14,35 +14,44 @@ from r1.kernels.backend import operator, register, require, wide
 from r1.kernels.grpo import reference
 
 register("grpo", "torch", reference, proven_on=("cpu", "cuda"))
+register("grpo", "triton", "r1.kernels.grpo.triton", proven_on=())
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 RATIOS = ("token", "sequence")
 
+# How many float32 logits may exist at a time where the caller does not say, and the narrowest span of the vocabulary
+# on which the matrix products do not starve.
+LOGITS_ON_CPU = 2**24
+LOGITS_ON_GPU = 2**26
+MIN_SPAN = 128
 
-def _logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, *_: Any) -> Any:
-    T, dtype = hidden.shape[0], wide(hidden, weight)
-    return tuple(hidden.new_empty(n, dtype=dtype) for n in (T, T if entropy else 0, T))
+
+def _logprob_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, *rest: Any
+) -> tuple[Tensor, ...]:
+    T, dtype, keep_logits = hidden.shape[0], wide(hidden, weight), rest[-1]
+    per_token = (hidden.new_empty(n, dtype=dtype) for n in (T, T if entropy else 0, T))
+    count = torch.empty((), dtype=torch.int64, device="cpu")
+    return *per_token, count, hidden.new_empty(T if keep_logits else 0, weight.shape[0], dtype=dtype)
 
 
 def _logprob_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, targets, temperature, ctx.want_entropy, *rest = inputs
     ctx.save_for_backward(hidden, weight, targets, *output[1:])
-    ctx.options = (temperature, *rest)
+    ctx.options = (temperature, *rest[:-2])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
-def _logprob_backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    hidden, weight, targets, entropy, lse = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(lse)
+def _logprob_backward(
+    ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, *_: Any
+) -> tuple:
     want = ctx.needs_input_grad[:2]
-    if not ctx.want_entropy:
-        grad_entropy = None
     grads = _linear_logprob_backward(
-        grad, grad_entropy, grad_lse, hidden, weight, targets, entropy, lse, *ctx.options, *want
+        grad, grad_entropy if ctx.want_entropy else None, grad_lse, *ctx.saved_tensors, *ctx.options, *want
     )
-    return (*(g if w else None for g, w in zip(grads, want)), *[None] * 7)
+    return (*(g if w else None for g, w in zip(grads, want)), *[None] * 9)
 
 
 def _logprob_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -56,30 +65,33 @@ def _logprob_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 _linear_logprob = operator(
     "grpo",
     "linear_logprob(Tensor hidden_TH, Tensor weight_VH, Tensor targets_T, float temperature, bool want_entropy, "
-    "int ignore_index, SymInt chunk_tokens, SymInt vocab_size, str group_name) -> (Tensor, Tensor, Tensor)",
+    "int ignore_index, SymInt chunk_tokens, SymInt vocab_size, str group_name, bool check_values, bool keep_logits) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _logprob_fake,
     _logprob_save,
     _logprob_backward,
 )
 _linear_logprob_backward = operator(
     "grpo",
-    "linear_logprob_backward(Tensor grad_logprobs_T, Tensor? grad_entropy_T, Tensor? grad_lse_T, Tensor hidden_TH, "
-    "Tensor weight_VH, Tensor targets_T, Tensor entropy_T, Tensor lse_T, float temperature, int ignore_index, "
-    "SymInt chunk_tokens, SymInt vocab_size, str group_name, bool want_hidden, bool want_weight) -> (Tensor, Tensor)",
+    "linear_logprob_backward(Tensor? grad_logprobs_T, Tensor? grad_entropy_T, Tensor? grad_lse_T, Tensor hidden_TH, "
+    "Tensor weight_VH, Tensor targets_T, Tensor entropy_T, Tensor lse_T, Tensor count, Tensor kept_TV, "
+    "float temperature, int ignore_index, SymInt chunk_tokens, SymInt vocab_size, str group_name, bool want_hidden, "
+    "bool want_weight) -> (Tensor, Tensor)",
     _logprob_backward_fake,
 )
 _grpo_loss = operator(
     "grpo",
     "grpo_loss(Tensor logprobs_T, Tensor old_logprobs_T, Tensor? reference_logprobs_T, Tensor advantages_T, "
     "Tensor token_weights_T, Tensor? cu_seqlens, Tensor? rollout_logprobs_T, float clip_low, float clip_high, "
-    "float? ratio_max, float? importance_cap, float kl_coefficient, str kl_estimator) -> (Tensor, Tensor, Tensor)",
+    "float? ratio_max, float? importance_cap, float kl_coefficient, str kl_estimator, bool check_values) "
+    "-> (Tensor, Tensor, Tensor)",
     lambda logprobs, *_: (
         logprobs.new_empty((), dtype=wide(logprobs)),
         logprobs.new_empty(len(reference.METRICS), dtype=wide(logprobs)),
         torch.empty_like(logprobs),
     ),
     lambda ctx, inputs, output: ctx.save_for_backward(output[2]),
-    lambda ctx, grad, *_: ((grad * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), *[None] * 12),
+    lambda ctx, grad, *_: ((grad * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), *[None] * 13),
 )
 
 
@@ -94,22 +106,30 @@ def linear_logprob(
     chunk_tokens: int | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature) at the targets: logprobs_T, and with return_entropy (…, entropy_T).
 
     hidden_TH and weight_VH are floating tensors, targets_T int64. The result is float32 (float64 if an input is), with
-    products accumulated in that type. Both outputs are differentiable. Only chunk_tokens rows of logits exist at a time
-    (by default about 8 MB of them); the backward makes them again. Where targets_T is ignore_index both outputs are 0.
+    products accumulated in that type. Both outputs are differentiable. Where targets_T is ignore_index both are 0 and
+    nothing is computed.
+
+    chunk_tokens bounds the memory: as many logits exist at a time as that many tokens have (default: 64 MB of them on a
+    CPU, 256 MB on a GPU). If that is all of them they are kept for the backward (3 matrix products in all); otherwise
+    the vocabulary is walked through in spans, and the backward makes each span again (4).
 
     With tp_group, weight_VH is this rank's slice of the vocabulary, of equal size on all ranks and in rank order;
     hidden_TH, targets_T and the incoming gradients are the same on all ranks, and the gradient of hidden_TH is summed
     over them. Rows of the head from vocab_size (global) on are padding and take no part.
 
-    Raises ValueError for a wrong shape, type, device, temperature or chunk, or a target outside the vocabulary.
+    Raises ValueError for a wrong shape, type, device, temperature or chunk, or a target outside the vocabulary. To see
+    the targets, and to leave out the ignored ones, the host waits for a GPU once a call. check_values=False does not
+    wait: ignored tokens then cost what others do, and a target outside the vocabulary gets NaN.
     """
     logprobs_T, entropy_T, _ = _run_linear_logprob(
-        hidden_TH, weight_VH, targets_T, temperature, return_entropy, ignore_index, chunk_tokens, tp_group, vocab_size
-    )
+        hidden_TH, weight_VH, targets_T, temperature, return_entropy, ignore_index, chunk_tokens, tp_group, vocab_size,
+        check_values,
+    )  # fmt: skip
     return (logprobs_T, entropy_T) if return_entropy else logprobs_T
 
 
@@ -123,6 +143,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    check_values: bool = True,
 ) -> Tensor:
     """Cross-entropy per token, loss_T, from hidden states and the head's weight; 0 where targets_T is ignore_index.
 
@@ -131,9 +152,11 @@ def linear_cross_entropy(
     """
     require(z_loss >= 0, "z_loss", z_loss, "a number >= 0")
     logprobs_T, _, lse_T = _run_linear_logprob(
-        hidden_TH, weight_VH, targets_T, 1.0, False, ignore_index, chunk_tokens, tp_group, vocab_size
+        hidden_TH, weight_VH, targets_T, 1.0, False, ignore_index, chunk_tokens, tp_group, vocab_size, check_values
     )
-    return z_loss * lse_T.square() - logprobs_T if z_loss else -logprobs_T
+    if not z_loss:
+        return -logprobs_T
+    return z_loss * lse_T.square().masked_fill(targets_T == ignore_index, 0) - logprobs_T
 
 
 def _run_linear_logprob(
@@ -146,6 +169,7 @@ def _run_linear_logprob(
     chunk_tokens: int | None,
     tp_group: torch.distributed.ProcessGroup | None,
     vocab_size: int | None,
+    check_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require(hidden_TH.dim() == 2 and hidden_TH.is_floating_point(), "hidden_TH", hidden_TH, "a floating (T, H) tensor")
     T, H = hidden_TH.shape
@@ -160,8 +184,13 @@ def _run_linear_logprob(
         require(tensor.device == hidden_TH.device, name, tensor, f"the device of hidden_TH, {hidden_TH.device}")
     require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
     require(chunk_tokens is None or chunk_tokens > 0, "chunk_tokens", chunk_tokens, "None or an integer > 0")
-    rows = weight_VH.shape[0] * (tp_group.size() if tp_group is not None else 1)
+    V = weight_VH.shape[0]
+    rows = V * (tp_group.size() if tp_group is not None else 1)
     require(vocab_size is None or 0 < vocab_size <= rows, "vocab_size", vocab_size, f"1..{rows}, the rows of the head")
+    if chunk_tokens is None:
+        logits = LOGITS_ON_CPU if hidden_TH.device.type == "cpu" else LOGITS_ON_GPU
+        chunk_tokens = max(logits, MIN_SPAN * T) // max(V, 1)
+    backward = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
     return _linear_logprob(
         hidden_TH,
         weight_VH,
@@ -169,10 +198,12 @@ def _run_linear_logprob(
         float(temperature),
         return_entropy,
         ignore_index,
-        chunk_tokens or reference.default_chunk(weight_VH.shape[0]),
+        chunk_tokens,
         rows if vocab_size is None else vocab_size,
         tp_group.group_name if tp_group is not None else "",
-    )
+        check_values,
+        backward and T <= chunk_tokens,
+    )[:3]
 
 
 def grpo_loss(
@@ -191,6 +222,7 @@ def grpo_loss(
     ratio_max: float | None = None,
     rollout_logprobs_T: Tensor | None = None,
     importance_cap: float | None = None,
+    check_values: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss (DeepSeekMath, arXiv 2402.03300): (scalar, metrics).
 
@@ -209,7 +241,9 @@ def grpo_loss(
     and ranks: token_count, ratio_sum, clip_low_count, clip_high_count, clip_dual_count, kl_k1_sum, kl_k2_sum,
     kl_k3_sum, importance_weight_sum, importance_cap_count, mismatch_abs_sum, mismatch_k3_sum (old against rollout).
 
-    Raises ValueError for wrong shapes or devices, advantages that are not finite, and options out of range.
+    Raises ValueError for wrong shapes or devices, advantages that are not finite, cu_seqlens that do not cover the
+    tokens, and options out of range. check_values=False leaves out what needs a look into the tensors, for which the
+    host waits for a GPU.
     """
     _check_grpo(
         logprobs_T.shape, logprobs_T.device, old_logprobs_T, reference_logprobs_T, advantages_T, token_weights_T,
@@ -233,6 +267,7 @@ def grpo_loss(
         importance_cap,
         float(kl_coefficient),
         kl_estimator,
+        check_values,
     )
     return loss, dict(zip(reference.METRICS, sums.detach().unbind()))
 
@@ -250,12 +285,14 @@ def linear_grpo_loss(
     chunk_tokens: int | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    check_values: bool = True,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """grpo_loss of linear_logprob: hidden states and head weight in, (loss, metrics) out, logits never in memory.
 
     The options are those of grpo_loss; the metrics are too, and entropy_sum over the tokens with a weight.
-    Tokens with weight 0 cost nothing. Raises what the two raise.
+    Tokens with weight 0 cost nothing. The backward needs the scalar's gradient only, so nothing of the loss is kept but
+    (T) vectors. Raises what the two raise.
     """
     _check_grpo(
         hidden_TH.shape[:1], hidden_TH.device, old_logprobs_T, reference_logprobs_T, advantages_T, token_weights_T,
@@ -268,11 +305,12 @@ def linear_grpo_loss(
     )  # fmt: skip
     active_T = torch.where(token_weights_T != 0, targets_T, ignored)
     logprobs_T, entropy_T, _ = _run_linear_logprob(
-        hidden_TH, weight_VH, active_T, temperature, True, ignored, chunk_tokens, tp_group, vocab_size
+        hidden_TH, weight_VH, active_T, temperature, True, ignored, chunk_tokens, tp_group, vocab_size, check_values
     )
     loss, metrics = grpo_loss(
-        logprobs_T, old_logprobs_T, reference_logprobs_T, advantages_T, token_weights_T, **options
-    )
+        logprobs_T, old_logprobs_T, reference_logprobs_T, advantages_T, token_weights_T, check_values=check_values,
+        **options,
+    )  # fmt: skip
     metrics["entropy_sum"] = entropy_T.detach().sum()
     return loss, metrics
 

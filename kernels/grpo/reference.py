@@ -1,11 +1,16 @@
 """The grpo family in plain torch: the definition that every other backend is tested against.
 
-Letters: T packed tokens, H hidden, V this rank's rows of the vocabulary, C tokens of one chunk.
+linear_logprob and its backward walk over the vocabulary. What a backend does for one span of it are three functions,
+`statistics`, `grad_logits` and `accumulate`; a backend is a module that has them, and `kernels` below is that module.
+
+Letters: T packed tokens, N those of them that take part, H hidden, V this rank's rows of the vocabulary, C one span.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -14,12 +19,7 @@ from torch.distributed import distributed_c10d
 
 from r1.kernels.backend import wide
 
-LOGITS_PER_CHUNK = 2**21  # 8 MB of float32: stays in the cache of a CPU
-MIN_CHUNK = 128  # below this the matrix products starve
-
-
-def default_chunk(V: int) -> int:
-    return max(MIN_CHUNK, LOGITS_PER_CHUNK // max(V, 1))
+THIS = sys.modules[__name__]
 
 
 class _Shard:
@@ -28,35 +28,44 @@ class _Shard:
     def __init__(self, weight_VH: Tensor, vocab_size: int, group_name: str) -> None:
         name = cast("distributed_c10d.GroupName", group_name)
         self.group = distributed_c10d._resolve_process_group(name) if group_name else None
-        rank = self.group.rank() if self.group else 0
-        ways = self.group.size() if self.group else 1
         rows = weight_VH.shape[0]
-        self.first = rank * rows
-        self.vocab_size = vocab_size if vocab_size >= 0 else rows * ways
-        self.weight_VH = weight_VH[: max(0, min(rows, self.vocab_size - self.first))]
+        self.first = self.group.rank() * rows if self.group else 0
+        self.weight_VH = weight_VH[: max(0, min(rows, vocab_size - self.first))]
 
-    def own(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(column of each target, clamped into the shard; whether the shard holds it)."""
-        column = targets_C - self.first
-        held = (column >= 0) & (column < self.weight_VH.shape[0])
-        return column.clamp(0, max(self.weight_VH.shape[0] - 1, 0)), held
+    def spans(self, width: int) -> list[tuple[int, int]]:
+        V = self.weight_VH.shape[0]
+        return [(begin, min(begin + width, V)) for begin in range(0, V, width)]
 
 
-def _used_rows(targets_T: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+def _rows(targets_T: Tensor, ignore_index: int, vocab_size: int, check_values: bool) -> tuple[Tensor | None, int]:
+    """(which rows take part, None for all; how many). With check_values this waits for a GPU, once."""
+    T = targets_T.shape[0]
+    if not check_values:
+        return None, T
     used_T = targets_T != ignore_index
-    outside_T = used_T & ((targets_T < 0) | (targets_T >= vocab_size))
-    if outside_T.any():
+    outside_T = _outside(targets_T, ignore_index, vocab_size)
+    count, wrong = torch.stack([used_T.sum(), outside_T.sum()]).tolist()
+    if wrong:
         at = int(outside_T.nonzero()[0])
         raise ValueError(
             f"targets_T[{at}] is {int(targets_T[at])}, wanted 0 <= target < {vocab_size} or ignore_index {ignore_index}"
         )
-    return used_T.nonzero().squeeze(1)
+    return _first_rows(used_T, count), count
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, dtype: torch.dtype, out: Tensor) -> Tensor:
-    logits_CV = out[: hidden_CH.shape[0]]
-    torch.mm(hidden_CH.to(dtype), weight_VH.t(), out=logits_CV)
-    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+def _outside(targets_T: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    return (targets_T != ignore_index) & ((targets_T < 0) | (targets_T >= vocab_size))
+
+
+def _first_rows(used_T: Tensor, count: int) -> Tensor | None:
+    """The indices of the `count` rows that are used, without asking a GPU how many they are; None for all."""
+    if count == used_T.shape[0]:
+        return None
+    return torch.argsort(used_T.logical_not(), stable=True)[:count]
+
+
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 def linear_logprob(
@@ -69,61 +78,71 @@ def linear_logprob(
     chunk_tokens: int,
     vocab_size: int,
     group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p(target), entropy or an empty tensor, log-sum-exp of the logits), each (T), in float32 or float64."""
+    check_values: bool,
+    keep_logits: bool,
+    *,
+    kernels: ModuleType = THIS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log p(target), entropy or an empty tensor, log-sum-exp of the logits, each (T), in float32 or float64; then for
+    the backward the number of rows that take part (0-d, on the CPU), and their logits if kept, else an empty tensor."""
     dtype, T = wide(hidden_TH, weight_VH), hidden_TH.shape[0]
     shard = _Shard(weight_VH, vocab_size, group_name)
-    rows = _used_rows(targets_T, ignore_index, shard.vocab_size)
-    weight = shard.weight_VH.to(dtype)
-    buffer = weight.new_empty(min(chunk_tokens, len(rows)), weight.shape[0])
-    results = hidden_TH.new_zeros(3, T, dtype=dtype)
-    for chunk in rows.split(chunk_tokens) if len(rows) else ():
-        logits_CV = _logits(hidden_TH.index_select(0, chunk), weight, temperature, dtype, buffer)
-        column, held = shard.own(targets_T.index_select(0, chunk))
-        statistics = _local_statistics(logits_CV, column, held, want_entropy)
-        largest, total, target, weighted = _combine(statistics, shard.group)
-        lse = total.log() + largest
-        results[0].index_copy_(0, chunk, target - lse)
-        results[1].index_copy_(0, chunk, lse - weighted / total)
-        results[2].index_copy_(0, chunk, lse)
-    logprobs, entropy, lse = (r.clone() for r in results)
-    return logprobs, entropy if want_entropy else entropy.new_empty(0), lse
+    rows, N = _rows(targets_T, ignore_index, vocab_size, check_values)
+    V = shard.weight_VH.shape[0]
+    kept_TV = hidden_TH.new_empty(T if keep_logits else 0, weight_VH.shape[0], dtype=dtype)
+    results_3T = hidden_TH.new_zeros(3, T, dtype=dtype)
+    if N:
+        hidden_NH, column_N = _take(hidden_TH, rows), _take(targets_T, rows) - shard.first
+        logits_NV = kept_TV[:N, :V] if keep_logits else None
+        width = _width(chunk_tokens, weight_VH, N, kernels.SPAN_UNIT)
+        statistics_4N = kernels.statistics(
+            hidden_NH, shard.weight_VH, column_N, temperature, want_entropy, width, logits_NV
+        )
+        largest, total, target, weighted = _over_ranks(statistics_4N, shard.group)
+        log_total = total.log()
+        results_3N = torch.stack([target - largest - log_total, log_total - weighted / total, largest + log_total])
+        results_3T = results_3N if rows is None else results_3T.index_copy_(1, rows, results_3N)
+    logprobs, entropy, lse = results_3T.unbind()
+    if not check_values:
+        results_3T[:2].masked_fill_(targets_T == ignore_index, 0)
+        logprobs.masked_fill_(_outside(targets_T, ignore_index, vocab_size), torch.nan)
+    count = torch.tensor(N)
+    return logprobs.clone(), entropy.clone() if want_entropy else entropy.new_empty(0), lse.clone(), count, kept_TV
 
 
-def _local_statistics(logits_CV: Tensor, column_C: Tensor, held_C: Tensor, want_entropy: bool) -> Tensor:
-    """Rows: the largest logit m, sum exp(x - m), the target's logit (0 if elsewhere), sum x exp(x - m)."""
-    C, V = logits_CV.shape
-    statistics = logits_CV.new_zeros(4, C)
-    if V == 0:
-        statistics[0] = -torch.inf
-        return statistics
-    largest = torch.amax(logits_CV, -1, out=statistics[0])
-    statistics[2] = torch.where(held_C, logits_CV.gather(1, column_C[:, None]).squeeze(1), 0)
-    if not want_entropy:
-        torch.sum(logits_CV.sub_(largest[:, None]).exp_(), -1, out=statistics[1])
-        return statistics
-    weights_CV = (logits_CV - largest[:, None]).exp_()
-    torch.sum(weights_CV, -1, out=statistics[1])
-    torch.sum(weights_CV.mul_(logits_CV), -1, out=statistics[3])
-    return statistics
+def _width(chunk_tokens: int, weight_VH: Tensor, N: int, unit: int) -> int:
+    """Columns of the vocabulary, in units, whose logits for N tokens take the room of chunk_tokens whole rows."""
+    return max(1, chunk_tokens * weight_VH.shape[0] // N // unit) * unit
 
 
-def _combine(statistics: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """The statistics of the whole vocabulary, added in rank order so that every rank has the same bits."""
+def _merge(a_4N: Tensor, b_4N: Tensor) -> Tensor:
+    """The statistics of two parts of the vocabulary together."""
+    largest_N = torch.maximum(a_4N[0], b_4N[0])
+    merged = torch.zeros_like(a_4N)
+    merged[0] = largest_N
+    for largest, total, target, weighted in (a_4N, b_4N):
+        below = largest - largest_N
+        scale = below.exp()
+        merged[1] += total * scale
+        merged[2] += target
+        merged[3] += (weighted + below * total) * scale
+    return merged
+
+
+def _over_ranks(statistics_4N: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """The statistics of the whole vocabulary, merged in rank order so that every rank has the same bits."""
     if group is None:
-        return statistics
-    parts = [torch.empty_like(statistics) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, statistics.contiguous(), group=group)
-    all_R4C = torch.stack(parts)
-    largest = all_R4C[:, 0].amax(0)
-    scale_RC = (all_R4C[:, 0] - largest).exp()
-    return torch.stack(
-        [largest, (all_R4C[:, 1] * scale_RC).sum(0), all_R4C[:, 2].sum(0), (all_R4C[:, 3] * scale_RC).sum(0)]
-    )
+        return statistics_4N
+    parts = [torch.empty_like(statistics_4N) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, statistics_4N.contiguous(), group=group)
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = _merge(whole, part)
+    return whole
 
 
 def linear_logprob_backward(
-    grad_logprobs_T: Tensor,
+    grad_logprobs_T: Tensor | None,
     grad_entropy_T: Tensor | None,
     grad_lse_T: Tensor | None,
     hidden_TH: Tensor,
@@ -131,6 +150,8 @@ def linear_logprob_backward(
     targets_T: Tensor,
     entropy_T: Tensor,
     lse_T: Tensor,
+    count: Tensor,
+    kept_TV: Tensor,
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
@@ -138,46 +159,139 @@ def linear_logprob_backward(
     group_name: str,
     want_hidden: bool,
     want_weight: bool,
+    *,
+    kernels: ModuleType = THIS,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden, dweight), empty where not wanted. The logits are made again, one chunk at a time."""
-    dtype = wide(hidden_TH, weight_VH)
+    """(dhidden, dweight), empty where not wanted. Logits that were not kept are made again, a span at a time."""
     shard = _Shard(weight_VH, vocab_size, group_name)
-    weight = shard.weight_VH.to(dtype)
-    used_T = targets_T != ignore_index
-    if shard.group is None:
-        # Prompt tokens come with gradient 0: no work for them. (Under a group every rank must walk the same chunks.)
-        gradients = [g for g in (grad_logprobs_T, grad_entropy_T, grad_lse_T) if g is not None]
-        used_T = used_T & torch.stack(gradients).ne(0).any(0)
-    rows = used_T.nonzero().squeeze(1)
-    buffer = weight.new_empty(min(chunk_tokens, len(rows)), weight.shape[0])
+    used_T, N, V = targets_T != ignore_index, int(count), shard.weight_VH.shape[0]
+    rows = _first_rows(used_T, N)
     grad_hidden = hidden_TH.new_zeros(hidden_TH.shape if want_hidden else (0, hidden_TH.shape[1]))
-    grad_weight = weight.new_zeros(weight_VH.shape if want_weight else (0, weight_VH.shape[1]))
-    for chunk in rows.split(chunk_tokens) if len(rows) else ():
-        hidden_CH = hidden_TH.index_select(0, chunk).to(dtype)
-        logits_CV = _logits(hidden_CH, weight, temperature, dtype, buffer)
-        grad_C = grad_logprobs_T.index_select(0, chunk).to(dtype)
-        logits_CV.sub_(lse_T.index_select(0, chunk)[:, None])
-        coefficient = -grad_C[:, None]
-        if grad_lse_T is not None:
-            coefficient = coefficient + grad_lse_T.index_select(0, chunk)[:, None]
-        if grad_entropy_T is not None:
-            # d entropy / d logit = -p (log p + entropy)
-            entropy_C1 = entropy_T.index_select(0, chunk)[:, None]
-            coefficient = coefficient - (logits_CV + entropy_C1) * grad_entropy_T.index_select(0, chunk)[:, None]
-        grad_CV = logits_CV.exp_().mul_(coefficient)
-        if weight.shape[0]:
-            column, held = shard.own(targets_T.index_select(0, chunk))
-            grad_CV.scatter_add_(1, column[:, None], torch.where(held, grad_C, 0)[:, None])
-        if temperature != 1.0:
-            grad_CV.div_(temperature)
+    grad_weight = weight_VH.new_empty(weight_VH.shape if want_weight else (0, weight_VH.shape[1]))
+    grad_weight[V if N else 0 :] = 0
+    if not N:
+        return grad_hidden, grad_weight
+    grads = [
+        None if g is None else _take(g.masked_fill(~used_T, 0), rows)
+        for g in (grad_logprobs_T, grad_entropy_T, grad_lse_T)
+    ]
+    entropy_N = _take(entropy_T, rows) if grad_entropy_T is not None else None
+    lse_N, column_N = _take(lse_T, rows), _take(targets_T, rows) - shard.first
+    operand = kernels.operand_dtype(hidden_TH, weight_VH)
+    hidden_NH = _take(hidden_TH, rows).to(operand)
+    total_NH = hidden_NH.new_zeros(N if want_hidden else 0, hidden_NH.shape[1], dtype=wide(hidden_TH, weight_VH))
+    width, unit = _width(chunk_tokens, weight_VH, N, kernels.SPAN_UNIT), kernels.SPAN_UNIT
+    buffer = hidden_NH.new_empty(N, min(width, -(-V // unit) * unit))
+    for begin, end in shard.spans(width):
+        weight_CH = shard.weight_VH[begin:end].to(operand)
+        grad_NC = kernels.grad_logits(
+            hidden_NH, weight_CH, kept_TV[:N, begin:end] if len(kept_TV) else None, lse_N, entropy_N, *grads,
+            column_N - begin, temperature, buffer[:, : end - begin],
+        )  # fmt: skip
         if want_hidden:
-            grad_CH = grad_CV @ weight
-            if shard.group is not None:
-                torch.distributed.all_reduce(grad_CH, group=shard.group)
-            grad_hidden.index_copy_(0, chunk, grad_CH.to(hidden_TH.dtype))
-        if want_weight:
-            grad_weight[: weight.shape[0]].addmm_(grad_CV.t(), hidden_CH)
-    return grad_hidden, grad_weight.to(weight_VH.dtype)
+            kernels.accumulate(total_NH, grad_NC, weight_CH)
+        if want_weight and grad_weight.dtype == operand:
+            torch.mm(grad_NC.t(), hidden_NH, out=grad_weight[begin:end])
+        elif want_weight:
+            grad_weight[begin:end] = grad_NC.t() @ hidden_NH
+    if want_hidden:
+        if shard.group is not None:
+            torch.distributed.all_reduce(total_NH, group=shard.group)
+        if rows is None:
+            grad_hidden = total_NH.to(hidden_TH.dtype)
+        else:
+            grad_hidden.index_copy_(0, rows, total_NH.to(hidden_TH.dtype))
+    return grad_hidden, grad_weight
+
+
+operand_dtype = wide
+SPAN_UNIT = 1
+
+
+def statistics(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    column_N: Tensor,
+    temperature: float,
+    want_entropy: bool,
+    width: int,
+    logits_NV: Tensor | None,
+) -> Tensor:
+    """Of the logits x, in rows: the largest m, sum exp(x - m), x at column_N (0 where that is not here), and with
+    want_entropy sum (x - m) exp(x - m), else 0. The logits are left in logits_NV if given."""
+    dtype = wide(hidden_NH, weight_VH)
+    N, V = hidden_NH.shape[0], weight_VH.shape[0]
+    result = hidden_NH.new_zeros(4, N, dtype=dtype)
+    if V == 0:
+        result[0] = torch.finfo(dtype).min
+        return result
+    hidden_NH = hidden_NH.to(dtype)
+    buffer = hidden_NH.new_empty(N, min(width, V)) if logits_NV is None else logits_NV
+    for begin in range(0, V, width):
+        logits_NC = buffer[:, : min(width, V - begin)]
+        torch.mm(hidden_NH, weight_VH[begin : begin + width].to(dtype).t(), out=logits_NC)
+        if temperature != 1.0:
+            logits_NC.div_(temperature)
+        part = _span_statistics(logits_NC, column_N - begin, want_entropy, spare=logits_NV is None)
+        result = part if begin == 0 else _merge(result, part)
+    return result
+
+
+def _span_statistics(logits_NC: Tensor, column_N: Tensor, want_entropy: bool, spare: bool) -> Tensor:
+    """`statistics` of one span; the logits may be overwritten if they are to spare."""
+    N, C = logits_NC.shape
+    result = logits_NC.new_zeros(4, N)
+    largest = torch.amax(logits_NC, -1, out=result[0])
+    here = (column_N >= 0) & (column_N < C)
+    result[2] = torch.where(here, logits_NC.gather(1, column_N.clamp(0, C - 1)[:, None]).squeeze(1), 0)
+    if spare and not want_entropy:
+        torch.sum(logits_NC.sub_(largest[:, None]).exp_(), -1, out=result[1])
+        return result
+    below_NC = torch.sub(logits_NC, largest[:, None], out=logits_NC if spare else None)
+    weights_NC = below_NC.exp()
+    torch.sum(weights_NC, -1, out=result[1])
+    if want_entropy:
+        torch.sum(weights_NC.mul_(below_NC), -1, out=result[3])
+    return result
+
+
+def grad_logits(
+    hidden_NH: Tensor,
+    weight_CH: Tensor,
+    logits_NC: Tensor | None,
+    lse_N: Tensor,
+    entropy_N: Tensor | None,
+    grad_logprobs_N: Tensor | None,
+    grad_entropy_N: Tensor | None,
+    grad_lse_N: Tensor | None,
+    column_N: Tensor,
+    temperature: float,
+    out_NC: Tensor,
+) -> Tensor:
+    """d loss / d (hidden @ weight.T) of one span, in out_NC; from the span's logits if they were kept."""
+    C = weight_CH.shape[0]
+    if logits_NC is None:
+        torch.mm(hidden_NH, weight_CH.t(), out=out_NC)
+        logits_NC = out_NC if temperature == 1.0 else out_NC.div_(temperature)
+    logp_NC = torch.sub(logits_NC, lse_N[:, None], out=out_NC)
+    coefficient = lse_N.new_zeros(len(lse_N), 1)
+    if grad_logprobs_N is not None:
+        coefficient = coefficient - grad_logprobs_N[:, None]
+    if grad_lse_N is not None:
+        coefficient = coefficient + grad_lse_N[:, None]
+    if grad_entropy_N is not None and entropy_N is not None:
+        # d entropy / d logit = -p (log p + entropy)
+        coefficient = coefficient - (logp_NC + entropy_N[:, None]) * grad_entropy_N[:, None]
+    out_NC = logp_NC.exp_().mul_(coefficient)
+    if grad_logprobs_N is not None:
+        here = (column_N >= 0) & (column_N < C)
+        out_NC.scatter_add_(1, column_N.clamp(0, C - 1)[:, None], torch.where(here, grad_logprobs_N, 0)[:, None])
+    return out_NC if temperature == 1.0 else out_NC.div_(temperature)
+
+
+def accumulate(total_NH: Tensor, grad_NC: Tensor, weight_CH: Tensor) -> None:
+    """total += grad @ weight"""
+    total_NH.addmm_(grad_NC, weight_CH)
 
 
 METRICS = (
@@ -210,13 +324,13 @@ def grpo_loss(
     importance_cap: float | None,
     kl_coefficient: float,
     kl_estimator: str,
+    check_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, the sums named in METRICS, d loss / d logprobs). The ratio is per sequence if cu_seqlens is given."""
     dtype = wide(logprobs_T)
     active = token_weights_T != 0
-    if not torch.isfinite(torch.where(active, advantages_T, 0)).all():
-        at = int((active & ~torch.isfinite(advantages_T)).nonzero()[0])
-        raise ValueError(f"advantages_T[{at}] is {float(advantages_T[at])}, wanted a finite number")
+    if check_values:
+        check_grpo_values(advantages_T, token_weights_T, cu_seqlens)
 
     def masked(x_T: Tensor | None) -> Tensor:
         # Outside the completions anything may stand, NaN included.
@@ -276,11 +390,21 @@ def grpo_loss(
     return loss.sum(dtype=torch.float64).to(dtype), metrics, gradient.to(logprobs_T.dtype)
 
 
+def check_grpo_values(advantages_T: Tensor, token_weights_T: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError for an advantage in use that is not finite, and for cu_seqlens that do not cover the tokens."""
+    wrong_T = (token_weights_T != 0) & ~torch.isfinite(advantages_T)
+    if wrong_T.any():
+        at = int(wrong_T.nonzero()[0])
+        raise ValueError(f"advantages_T[{at}] is {float(advantages_T[at])}, wanted a finite number")
+    if cu_seqlens is not None:
+        bounds, T = cu_seqlens.tolist(), len(advantages_T)
+        if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(f"cu_seqlens is {bounds}, wanted 0 first, {T} last and no step down")
+
+
 def _sequence_mean(cu_seqlens: Tensor, active_T: Tensor) -> Callable[[Tensor], Tensor]:
     """The function that puts the mean over a sequence's active tokens in the place of each of them, 0 elsewhere."""
     lengths_S = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    if int(lengths_S.sum()) != len(active_T) or bool((lengths_S < 0).any()):
-        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}, wanted 0 first, {len(active_T)} last and no step down")
     sequence_T = torch.repeat_interleave(lengths_S, output_size=len(active_T))
 
     def total(x_T: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,21 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
 
 def ragged(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def spawn_pair(function: Callable[[int], None], seed: int) -> None:
+    """Runs function(rank) in two processes joined by gloo, both with this seed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_join_and_run, args=(function, port, seed), nprocs=2)
+
+
+def _join_and_run(rank: int, function: Callable[[int], None], port: int, seed: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(seed)
+    function(rank)
+    torch.distributed.destroy_process_group()
 
 
 def check_operator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import types
 from collections import defaultdict
 from typing import Any
@@ -20,7 +19,7 @@ from r1.kernels import (
     linear_logprob,
 )
 from r1.kernels.grpo import reference
-from tests.kernels.helpers import check_operator, leaf, ragged
+from tests.kernels.helpers import check_operator, leaf, ragged, spawn_pair
 
 F64 = torch.float64
 
@@ -324,9 +323,7 @@ def test_library_checks_and_compile(seed: int) -> None:
     check_operator(lambda h, w, t, *v: linear_grpo_loss(h, w, t, *v, kl_coefficient=0.1), h, w, t, *vectors)
 
 
-def _tensor_parallel(rank: int, port: int, seed: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(seed)
+def _tensor_parallel(rank: int) -> None:
     group = torch.distributed.group.WORLD
     T, H, V = 37, 12, 26
     h, w = leaf(T, H, dtype=F64), leaf(V, H, dtype=F64)
@@ -347,14 +344,10 @@ def _tensor_parallel(rank: int, port: int, seed: int) -> None:
         everyone = [torch.empty_like(got[0]) for _ in range(2)]
         torch.distributed.all_gather(everyone, got[0].detach())
         assert torch.equal(everyone[0], everyone[1])
-    torch.distributed.destroy_process_group()
 
 
 def test_vocabulary_parallel(seed: int) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_tensor_parallel, args=(port, seed), nprocs=2)
+    spawn_pair(_tensor_parallel, seed)
 
 
 def test_bad_input() -> None:
