@@ -59,6 +59,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
+	@$(BIN)/python -m pip install -q -e '.[bench]'
 	@set -e; for file in bench/[a-z]*.py; do \
 	  name=$$(basename $$file .py); [ $$name = __init__ ] || $(BIN)/python -m r1.bench.$$name; done
 

@@ -19,7 +19,17 @@ from r1.kernels.grpo import (
     linear_logprob,
 )
 from r1.kernels.mla import append_kv, gqa_decode, mla_attention, mla_decode
-from r1.kernels.moe import grouped_gemm, moe_mlp, permute, route, swiglu, unpermute
+from r1.kernels.moe import (
+    grouped_gemm,
+    grouped_gemm_wgrad_,
+    moe_layer,
+    moe_mlp,
+    permute,
+    route,
+    sequence_balance_loss,
+    swiglu,
+    unpermute,
+)
 from r1.kernels.norm import apply_rope, rms_norm, rope_tables, yarn_softmax_scale
 from r1.kernels.optim import adamw_step, grad_norm
 
@@ -38,12 +48,14 @@ __all__ = [
     "grad_norm",
     "group_advantages",
     "grouped_gemm",
+    "grouped_gemm_wgrad_",
     "grpo_loss",
     "linear_cross_entropy",
     "linear_grpo_loss",
     "linear_logprob",
     "mla_attention",
     "mla_decode",
+    "moe_layer",
     "moe_mlp",
     "permute",
     "quantize_128x128",
@@ -51,6 +63,7 @@ __all__ = [
     "rms_norm",
     "rope_tables",
     "route",
+    "sequence_balance_loss",
     "swiglu",
     "unpermute",
     "yarn_softmax_scale",

@@ -1,8 +1,9 @@
 """Which implementation runs an operator, and how operators enter torch.library.
 
 A family has up to three implementations, Python modules with the same function names: `cuda`, `triton`, and `torch`
-(reference.py, the definition). R1_KERNELS=cuda|triton|torch forces one; `auto`, the default, takes the fastest that has
-passed its tests on this kind of device, which on a CPU is `torch`.
+(reference.py, the definition). R1_KERNELS=cuda|triton|torch forces one, R1_KERNELS=grpo=triton,moe=torch one for some
+families; `auto`, the default, takes the fastest that has passed its tests on this kind of device, which on a CPU is
+`torch`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def implementation(family: str, device: torch.device) -> ModuleType:
     """
     available = _implementations[family]
     wanted = os.environ.get("R1_KERNELS") or "auto"
+    if "=" in wanted:
+        choices = dict(choice.partition("=")[::2] for choice in wanted.split(","))
+        if unknown := choices.keys() - _implementations.keys():
+            raise ValueError(f"R1_KERNELS names the family {min(unknown)!r}, wanted {', '.join(_implementations)}")
+        wanted = choices.get(family, "auto")
     if wanted == "auto":
         proven = (b for b in BACKENDS if b in available and device.type in _proven[family, b])
         wanted = next(proven, "torch")

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from r1.kernels import moe_mlp, permute, route, swiglu, unpermute
+from r1.kernels import moe_layer, moe_mlp, route, swiglu
 
 
 class DenseMLP(MLP):
@@ -39,30 +39,27 @@ class SharedExperts(SharedExpertMLP):
 class Router(TopKRouter):
     """DeepSeek-V3's sigmoid router (V3 §2.1.2): groups, a bias that only chooses, normalised weights."""
 
-    def choose(self, hidden: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (..., H) → expert ids (T, K), weights (T, K), tokens_per_expert (E); counts real tokens' load."""
+    def choose(self, hidden: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden (..., H) → expert ids (T, K), weights (T, K); counts the load of tokens that are not padding."""
         self._maintain_float32_expert_bias()
         logits_TE = torch.nn.functional.linear(hidden.flatten(0, -2).float(), self.weight.float())
         config = self.config
-        ids, weights, counts = route(
+        ids, weights, load = route(
             logits_TE,
             self.expert_bias,
             config.moe_router_topk,
             config.moe_router_num_groups or 1,
             config.moe_router_group_topk or 1,
             config.moe_router_topk_scaling_factor,
+            padding_mask_T=None if padding_mask is None else padding_mask.reshape(-1),
         )
         if torch.is_grad_enabled():
-            load = counts
-            if padding_mask is not None:
-                real = ~padding_mask.reshape(-1)
-                load = torch.bincount(ids[real].flatten(), minlength=config.num_moe_experts)
             self.local_tokens_per_expert += load
-        return ids, weights, counts
+        return ids, weights
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's form of the choice: weights (T, E) and the map (T, E) of who goes where."""
-        ids, weights, _ = self.choose(input, padding_mask)
+        ids, weights = self.choose(input, padding_mask)
         shape = (ids.shape[0], self.config.num_moe_experts)
         probabilities = torch.zeros(shape, dtype=weights.dtype, device=weights.device).scatter(1, ids, weights)
         chosen = torch.zeros(shape, dtype=torch.bool, device=weights.device).scatter(1, ids, True)
@@ -102,14 +99,8 @@ class Experts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias."""
         x = permuted_local_hidden_states
-        out = moe_mlp(
-            x,
-            tokens_per_expert.to(x.device),
-            self.gate_up.flatten(2),
-            self.down,
-            permuted_probs,
-        )
-        return out, None
+        counts = tokens_per_expert.to(x.device)
+        return moe_mlp(x, counts, self.gate_up.flatten(2), self.down, permuted_probs), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -144,11 +135,10 @@ class MixtureOfExperts(MoELayer):
         if not local or intermediate_tensors is not None or self.shared_expert_overlap or self.moe_layer_recompute:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         mask = padding_mask.transpose(0, 1).bool() if padding_mask is not None else None
-        ids_TK, weights_TK, _ = self.router.choose(hidden_states, mask)
-        x_TH = hidden_states.flatten(0, 1)
-        x_PH, row_map, tokens_per_expert = permute(x_TH, ids_TK, self.config.num_moe_experts)
-        y_PH, _ = self.experts(x_PH, tokens_per_expert, weights_TK.flatten().index_select(0, row_map))
-        out = unpermute(y_PH, row_map, x_TH.shape[0], ids_TK.shape[1]).view_as(hidden_states)
+        ids_TK, weights_TK = self.router.choose(hidden_states, mask)
+        experts = self.experts
+        out = moe_layer(hidden_states.flatten(0, 1), ids_TK, weights_TK, experts.gate_up.flatten(2), experts.down)
+        out = out.view_as(hidden_states)
         if self.use_shared_expert:
             out = out + self.shared_experts(hidden_states)
         return out, None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from r1.kernels.backend import operator, register, require, wide
 from r1.kernels.grpo import reference
@@ -180,6 +181,11 @@ def _run_linear_logprob(
     require(
         targets_T.shape == (T,) and targets_T.dtype == torch.int64, "targets_T", targets_T, f"an int64 ({T},) tensor"
     )
+    for name, tensor in (("hidden_TH", hidden_TH), ("weight_VH", weight_VH)):
+        require(
+            not isinstance(tensor, DTensor),
+            name, tensor, "a plain tensor: call this inside the forward of the module that FSDP wraps",
+        )  # fmt: skip
     for name, tensor in (("weight_VH", weight_VH), ("targets_T", targets_T)):
         require(tensor.device == hidden_TH.device, name, tensor, f"the device of hidden_TH, {hidden_TH.device}")
     require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
@@ -208,7 +214,7 @@ def _run_linear_logprob(
 
 def grpo_loss(
     logprobs_T: Tensor,
-    old_logprobs_T: Tensor,
+    old_logprobs_T: Tensor | None,
     reference_logprobs_T: Tensor | None,
     advantages_T: Tensor,
     token_weights_T: Tensor,
@@ -229,6 +235,7 @@ def grpo_loss(
     loss = sum over t of token_weights_t x ( - min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) x w_t
                                              + kl_coefficient x KL_t ),   r = exp(logprobs - old_logprobs)
 
+    - old_logprobs_T None: those of this very policy, so r = 1 (one step a rollout).
     - token_weights_T carry the aggregation (see aggregation_weights) and are 0 outside completions, so the loss of a
       step is the sum over its micro-batches however they are split. Where the weight is 0 nothing else is read.
     - kl_estimator of KL(policy || reference), with d = reference - policy: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
@@ -255,7 +262,7 @@ def grpo_loss(
     )
     loss, sums, _ = _grpo_loss(
         logprobs_T,
-        old_logprobs_T.detach(),
+        (logprobs_T if old_logprobs_T is None else old_logprobs_T).detach(),
         None if reference_logprobs_T is None else reference_logprobs_T.detach(),
         advantages_T.detach(),
         token_weights_T.detach(),
@@ -276,7 +283,7 @@ def linear_grpo_loss(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
-    old_logprobs_T: Tensor,
+    old_logprobs_T: Tensor | None,
     reference_logprobs_T: Tensor | None,
     advantages_T: Tensor,
     token_weights_T: Tensor,
@@ -318,7 +325,7 @@ def linear_grpo_loss(
 def _check_grpo(
     shape: torch.Size,
     device: torch.device,
-    old_logprobs_T: Tensor,
+    old_logprobs_T: Tensor | None,
     reference_logprobs_T: Tensor | None,
     advantages_T: Tensor,
     token_weights_T: Tensor,

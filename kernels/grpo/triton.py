@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r1.kernels.backend import wide
+from r1.kernels.bulk_copy import descriptor
 from r1.kernels.grpo import reference
 from r1.kernels.grpo.triton_loss import grpo_loss
 
@@ -59,7 +59,7 @@ def _logits(
     return accumulator * inverse_temperature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def statistics_kernel(
     hidden, weight, column_ptr, target_ptr, largest_ptr, total_ptr, weighted_ptr, logits_ptr, logits_stride,
     N, V, H, inverse_temperature,
@@ -92,7 +92,7 @@ def statistics_kernel(
         tl.store(weighted_ptr + slot, tl.sum(x * e, 1), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def merge_kernel(
     largest_ptr, total_ptr, weighted_ptr, result_ptr, N, tiles,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
@@ -124,7 +124,7 @@ def merge_kernel(
         tl.store(result_ptr + 3 * N + rows, weighted, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def grad_logits_kernel(
     hidden, weight, column_ptr, lse_ptr, coefficient_ptr, target_grad_ptr, entropy_ptr, entropy_grad_ptr,
     logits_ptr, logits_stride, out_ptr, out_stride, N, V, H, inverse_temperature,
@@ -160,7 +160,7 @@ def grad_logits_kernel(
     tl.store(out_ptr + wide_rows * out_stride + columns[None, :], grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def accumulate_kernel(
     grad, weight, total_ptr, total_stride, N, H, V, GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -193,15 +193,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For bulk copies of (rows, columns) tiles of x, which need rows that begin at 16 bytes: else x is copied first."""
-    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-        unit = 16 // x.element_size()
-        padded = x.new_empty(x.shape[0], triton.cdiv(x.shape[1], unit) * unit)[:, : x.shape[1]]
-        x = padded.copy_(x)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
-
-
 def _grid(rows: int, columns: int, tile: dict[str, Any]) -> tuple[int]:
     return (triton.cdiv(rows, tile["BLOCK_T"]) * triton.cdiv(columns, tile["BLOCK_V"]),)
 
@@ -228,8 +219,8 @@ def statistics(
     partial = result.new_empty(3 if want_entropy else 2, tiles, N)
     largest, total, weighted = partial[0], partial[1], partial[-1]
     statistics_kernel[_grid(N, V, tile)](
-        _descriptor(hidden_NH.to(operand), tile["BLOCK_T"], tile["BLOCK_H"]),
-        _descriptor(weight_VH.to(operand), tile["BLOCK_V"], tile["BLOCK_H"]),
+        descriptor(hidden_NH.to(operand), [tile["BLOCK_T"], tile["BLOCK_H"]]),
+        descriptor(weight_VH.to(operand), [tile["BLOCK_V"], tile["BLOCK_H"]]),
         column_N.clamp(-1, V).int(), result[2], largest, total, weighted,
         result if logits_NV is None else logits_NV, 0 if logits_NV is None else logits_NV.stride(0),
         N, V, H, 1.0 / temperature,
@@ -262,8 +253,8 @@ def grad_logits(
     target_grad = zero if grad_logprobs_N is None else grad_logprobs_N.contiguous()
     coefficient = (zero if grad_lse_N is None else grad_lse_N) - target_grad
     grad_logits_kernel[_grid(N, C, tile)](
-        _descriptor(hidden_NH, tile["BLOCK_T"], tile["BLOCK_H"]),
-        _descriptor(weight_CH, tile["BLOCK_V"], tile["BLOCK_H"]),
+        descriptor(hidden_NH, [tile["BLOCK_T"], tile["BLOCK_H"]]),
+        descriptor(weight_CH, [tile["BLOCK_V"], tile["BLOCK_H"]]),
         column_N.clamp(-1, C).int(), lse_N.contiguous(), coefficient, target_grad,
         zero if entropy_N is None else entropy_N.contiguous(),
         zero if grad_entropy_N is None else grad_entropy_N.contiguous(),
@@ -283,8 +274,8 @@ def accumulate(total_NH: Tensor, grad_NC: Tensor, weight_CH: Tensor) -> None:
     N, C = grad_NC.shape
     H = weight_CH.shape[1]
     accumulate_kernel[_grid(N, H, HALF_TILE)](
-        _descriptor(grad_NC, HALF_TILE["BLOCK_T"], HALF_TILE["BLOCK_H"]),
-        _descriptor(weight_CH, HALF_TILE["BLOCK_H"], HALF_TILE["BLOCK_V"]),
+        descriptor(grad_NC, [HALF_TILE["BLOCK_T"], HALF_TILE["BLOCK_H"]]),
+        descriptor(weight_CH, [HALF_TILE["BLOCK_H"], HALF_TILE["BLOCK_V"]]),
         total_NH, total_NH.stride(0), N, H, C, GROUP=16, **HALF_TILE,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def _load(pointer, at, active):
     return tl.load(pointer + at, mask=active, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grpo_kernel(
     logp_ptr, old_ptr, reference_ptr, advantage_ptr, weight_ptr, rollout_ptr, bounds_ptr, terms_ptr, gradient_ptr, T,
     clip_low, clip_high, ratio_max, importance_cap, kl_coefficient,

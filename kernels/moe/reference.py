@@ -5,10 +5,15 @@ Letters: T tokens, H hidden, E experts, K experts a token, P = T K rows sorted b
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from r1.kernels.backend import wide
+
+THIS = sys.modules[__name__]
 
 
 def route(
@@ -20,12 +25,15 @@ def route(
     scale: float,
     score: str,
     replay_ids_TK: Tensor | None,
+    padding_mask_T: Tensor | None,
+    check_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, E = logits_TE.shape
+    check_route_values(logits_TE, replay_ids_TK, check_values)
     logits = logits_TE.to(wide(logits_TE))
     scores_TE = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     if replay_ids_TK is not None:
-        ids_TK = checked_ids(replay_ids_TK, E, "replay_ids_TK").clone()
+        ids_TK = replay_ids_TK.clone()
     else:
         choice_TE = scores_TE.clone() if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
         if num_groups > 1:
@@ -37,7 +45,23 @@ def route(
         ids_TK = _best(choice_TE, top_k)
     chosen_TK = scores_TE.gather(1, ids_TK)
     weights_TK = chosen_TK * (scale / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
-    return ids_TK, weights_TK, torch.bincount(ids_TK.flatten(), minlength=E)
+    counts_E = torch.zeros(E, dtype=torch.int64, device=ids_TK.device)
+    one_TK = torch.ones_like(ids_TK)
+    if padding_mask_T is not None:
+        weights_TK = weights_TK.masked_fill_(padding_mask_T[:, None], 0)
+        one_TK.masked_fill_(padding_mask_T[:, None], 0)
+    return ids_TK, weights_TK, counts_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+
+
+def check_route_values(logits_TE: Tensor, replay_ids_TK: Tensor | None, check_values: bool) -> None:
+    """Raises ValueError for a replayed id that is no expert's, and for a logit that is NaN. Unless check_values, looks
+    at ids on a CPU only, where nobody waits for the answer, and at no logits."""
+    if check_values:
+        wrong = logits_TE.isnan()
+        if wrong.any():
+            raise ValueError(f"logits_TE{wrong.nonzero()[0].tolist()} is nan, wanted a number")
+    if replay_ids_TK is not None and (check_values or logits_TE.device.type == "cpu"):
+        checked_ids(replay_ids_TK, logits_TE.shape[1], "replay_ids_TK")
 
 
 def _best(x_TE: Tensor, count: int) -> Tensor:
@@ -52,8 +76,12 @@ def _best(x_TE: Tensor, count: int) -> Tensor:
     return best
 
 
-def route_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, scale: float, score: str) -> Tensor:
+def route_backward(
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, padding_mask_T: Tensor | None, scale: float, score: str
+) -> Tensor:
     logits = logits_TE.to(grad_TK.dtype)
+    if padding_mask_T is not None:
+        grad_TK = grad_TK.masked_fill(padding_mask_T[:, None], 0)
     if score == "sigmoid":
         chosen_TK = logits.gather(1, ids_TK).sigmoid_()
     else:
@@ -79,8 +107,10 @@ def checked_ids(ids_TK: Tensor, E: int, name: str) -> Tensor:
     return ids_TK
 
 
-def permute(x_TH: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids_P = checked_ids(ids_TK, num_experts, "ids_TK").flatten()
+def permute(x_TH: Tensor, ids_TK: Tensor, num_experts: int, check_values: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if check_values or ids_TK.device.type == "cpu":
+        checked_ids(ids_TK, num_experts, "ids_TK")
+    ids_P = ids_TK.flatten()
     row_map_P = ids_P.argsort(stable=True)
     return gather_rows(x_TH, row_map_P, ids_TK.shape[1]), row_map_P, torch.bincount(ids_P, minlength=num_experts)
 
@@ -141,6 +171,12 @@ def grouped_gemm_wgrad(x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tenso
     return weight_EHF
 
 
+def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor) -> None:
+    """Adds x.T @ grad of every expert to out."""
+    for e, x, grad in _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF):
+        out_EHF[e].addmm_(x.t().to(out_EHF.dtype), grad.to(out_EHF.dtype))
+
+
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     gate, up = gate_up.to(wide(gate_up)).chunk(2, -1)
     out = torch.nn.functional.silu(gate).mul_(up)
@@ -190,3 +226,45 @@ def moe_mlp_backward(
     grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
     grad_x = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
     return grad_x, grad_gate_up, grad_down, grad_weights
+
+
+def moe_layer(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    check_values: bool,
+    *,
+    kernels: ModuleType = THIS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out_TH, then what the backward needs: the row map, tokens per expert, the first product)."""
+    T, K = ids_TK.shape
+    x_PH, row_map_P, counts_E = kernels.permute(x_TH, ids_TK, len(gate_up_EHF), check_values)
+    weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
+    y_PH, gate_up_PF = kernels.moe_mlp(x_PH, counts_E, gate_up_EHF, down_EFH, weights_P)
+    return kernels.unpermute(y_PH, row_map_P, T, K, None), row_map_P, counts_E, gate_up_PF
+
+
+def moe_layer_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    row_map_P: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_PF: Tensor,
+    *,
+    kernels: ModuleType = THIS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d x, d weights_TK, d gate_up weight, d down weight). The sorted rows of x are copied again, not kept."""
+    T, K = weights_TK.shape
+    weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
+    grad_PH, x_PH = gather_rows(grad_TH, row_map_P, K), gather_rows(x_TH, row_map_P, K)
+    grad_x_PH, grad_gate_up, grad_down, grad_weights_P = kernels.moe_mlp_backward(
+        grad_PH, x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, gate_up_PF
+    )
+    grad_weights = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    grad_weights.view(-1).index_copy_(0, row_map_P, grad_weights_P)
+    return kernels.unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights, grad_gate_up, grad_down

@@ -31,3 +31,19 @@ def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("R1_KERNELS", "cuda")
         with pytest.raises(ValueError, match=r"R1_KERNELS is 'cuda', but the norm family has only: .*torch"):
             r1.kernels.rms_norm(x, weight)
+
+
+def test_forcing_a_backend_for_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(2, 4), torch.ones(4)
+    monkeypatch.setenv("R1_KERNELS", "grpo=triton,norm=torch")
+    r1.kernels.rms_norm(x, weight)
+    monkeypatch.setenv("R1_KERNELS", "norm=fast")
+    with pytest.raises(ValueError, match="R1_KERNELS is 'fast', wanted one of"):
+        r1.kernels.rms_norm(x, weight)
+    monkeypatch.setenv("R1_KERNELS", "norms=torch")
+    with pytest.raises(ValueError, match="R1_KERNELS names the family 'norms', wanted fp8, grpo"):
+        r1.kernels.rms_norm(x, weight)
+    monkeypatch.setenv("R1_KERNELS", "grpo=triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        r1.kernels.linear_logprob(x, x, torch.tensor([0, 1]))

@@ -275,6 +275,16 @@ def test_linear_grpo_loss_is_the_two_together(seed: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_without_old_logprobs_the_ratio_is_one(seed: int) -> None:
+    logp, A, weight = torch.randn(9, requires_grad=True), torch.randn(9), torch.rand(9)
+    loss, metrics = grpo_loss(logp, None, None, A, weight)
+    torch.testing.assert_close(loss, -(A * weight).sum())
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], -A * weight)
+    assert metrics["ratio_sum"] == 9
+    h, w, t = leaf(9, 4), leaf(7, 4), torch.randint(0, 7, (9,))
+    torch.testing.assert_close(linear_grpo_loss(h, w, t, None, None, A, weight)[0], loss)
+
+
 def test_empty_batch(seed: int) -> None:
     h, w, none = leaf(0, 4), leaf(5, 4), torch.zeros(0)
     loss, metrics = linear_grpo_loss(h, w, torch.zeros(0, dtype=torch.int64), none, None, none, none)

@@ -1,0 +1,126 @@
+"""What the benchmarks share: time and memory of a call, what machine it was, results as JSON, a table and a plot."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "liger_kernel", "cut-cross-entropy", "flash-attn", "transformer-engine", "numpy")
+
+Record = dict[str, Any]
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def machine(device: str) -> Record:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+        "commit": head.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
+    """The median of `repeats` calls after one to warm up."""
+    times = []
+    for turn in range(repeats + 1):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            took = begin.elapsed_time(end) / 1e3
+        else:
+            started = time.perf_counter()
+            call()
+            took = time.perf_counter() - started
+        if turn:
+            times.append(took)
+    return statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """How far one call raises the memory in use: of the process on a CPU, of torch's allocator on a GPU.
+
+    What the call returns counts too. On a CPU call it in a process of its own, before anything else has left gaps.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = _status("VmHWM")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}: memory can be measured on Linux only")
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """|got - exact| / |exact| in the Euclidean norm, in pieces, so that no float64 copy of a large tensor exists."""
+    difference = size = 0.0
+    for a, b in zip(got.detach().reshape(-1).split(2**24), exact.reshape(-1).split(2**24)):
+        difference += float((a.double() - b.double()).square().sum())
+        size += float(b.double().square().sum())
+    return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def save(family: str, device: str, records: list[Record], folder: Path = RESULTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    short = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = folder / f"{family}-{short}.json"
+    path.write_text(json.dumps({"machine": machine(device), "records": records}, indent=1) + "\n")
+    return path
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=int(os.environ.get("COLUMNS", 140))).print(table)
