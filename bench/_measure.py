@@ -56,22 +56,44 @@ def machine(device: str) -> Record:
 
 def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
     """The median of `repeats` calls after one to warm up."""
-    times = []
+    return side_by_side({"": call}, device, repeats)[""]
+
+
+def side_by_side(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
+    """The median of `repeats` calls of each after one to warm up, in turns: a machine that slows down slows all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            took = begin.elapsed_time(end) / 1e3
-        else:
-            started = time.perf_counter()
-            call()
-            took = time.perf_counter() - started
-        if turn:
-            times.append(took)
-    return statistics.median(times)
+        for name, call in calls.items():
+            took = _seconds(call, device)
+            if turn:
+                times[name].append(took)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def with_kernels(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` under the backend that a contender's name says: "r1 triton" is r1 with R1_KERNELS=triton."""
+
+    def run() -> Any:
+        os.environ["R1_KERNELS"] = name.split()[1] if name.startswith("r1 ") else ""
+        try:
+            return call()
+        finally:
+            os.environ["R1_KERNELS"] = ""
+
+    return run
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
@@ -123,4 +145,4 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=int(os.environ.get("COLUMNS", 140))).print(table)
+    Console(width=140).print(table)

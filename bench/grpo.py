@@ -188,13 +188,10 @@ def exact(task: str, p: Problem) -> dict[str, Tensor]:
 
 
 def run(task: str, name: str, p: Problem, want: dict[str, Tensor], repeats: int) -> _measure.Record:
-    os.environ["R1_KERNELS"] = name.split()[1] if name.startswith("r1 ") else ""
     function = contenders(p.device, p.shape[0])[task][name]
+    forward = _measure.with_kernels(name, torch.no_grad()(lambda: function(p)))
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(p)
-
+    @functools.partial(_measure.with_kernels, name)
     def both() -> tuple[Tensor, ...]:
         output = function(p)
         upstream = p.upstream_T.to(output.dtype) if output.dim() else None

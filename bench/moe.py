@@ -101,30 +101,31 @@ def measure_experts(label: str, shape: tuple[int, ...], T: int, device: str, rep
         if device == "cuda":
             contenders["torch._grouped_mm"] = grouped_mm
         contenders |= {f"r1 {backend}": moe_layer for backend in _backends(device)}
+        both, forward = {}, {}
         for name, function in contenders.items():
-            os.environ["R1_KERNELS"] = name.split()[1] if name.startswith("r1 ") else ""
             call = lambda f=function, a=arguments: _both(f, leaves, a, up)
-
-            def forward(f: Any = function, a: Any = arguments) -> None:
-                with torch.no_grad():
-                    f(*a(*leaves))
-
+            both[name] = _measure.with_kernels(name, call)
+            forward[name] = _measure.with_kernels(name, torch.no_grad()(lambda f=function, a=arguments: f(*a(*leaves))))
+        errors, extra = {}, {}
+        for name in list(both):
             try:
-                errors = [_measure.relative_error(a, b) for a, b in zip(call(), exact or [])]
-                both, alone = (_measure.seconds(f, device, repeats) for f in (call, forward))
-            except Exception as error:
+                errors[name] = [_measure.relative_error(a, b) for a, b in zip(both[name](), exact or [])]
+                extra[name] = _measure.peak_bytes(both[name], device) if device == "cuda" else None
+            except Exception as error:  # a peer that fails must not cost the other results
                 if name.startswith("r1 "):
                     raise
                 records.append(_record("experts", name, label, load, failed=f"{type(error).__name__}: {error}"[:300]))
-                continue
-            flops = 6e-12 * T * K * H * F
+                del both[name], forward[name]
+        all_times = _measure.side_by_side(both, device, repeats)
+        forward_times = _measure.side_by_side(forward, device, repeats)
+        flops = 6e-12 * T * K * H * F
+        for name, took in all_times.items():
             records.append(_record(
-                "experts", name, label, load, tokens=T, seconds_forward=alone, seconds_forward_backward=both,
-                tflops_forward=flops / alone, tflops_forward_backward=3 * flops / both,
-                relative_errors=dict(zip(("out", "dx", "dweights", "dgate_up", "ddown"), errors)),
-                extra_bytes=_measure.peak_bytes(call, device) if device == "cuda" else None,
+                "experts", name, label, load, tokens=T, seconds_forward=forward_times[name],
+                seconds_forward_backward=took, tflops_forward=flops / forward_times[name],
+                tflops_forward_backward=3 * flops / took, extra_bytes=extra[name],
+                relative_errors=dict(zip(("out", "dx", "dweights", "dgate_up", "ddown"), errors[name])),
             ))  # fmt: skip
-    os.environ["R1_KERNELS"] = ""
     return records
 
 
@@ -160,17 +161,15 @@ def measure_routing(label: str, shape: tuple[int, ...], T: int, device: str, rep
 
     records = []
     for task, plain, ours in (("route", plain_route, our_route), ("permute", plain_permute, our_permute)):
-        calls = {"plain torch": plain} | {f"r1 {backend}": ours for backend in _backends(device)}
-        for name, call in calls.items():
-            os.environ["R1_KERNELS"] = name.split()[1] if name.startswith("r1 ") else ""
-            took = _measure.seconds(call, device, repeats * 3)
+        names = {"plain torch": plain} | {f"r1 {backend}": ours for backend in _backends(device)}
+        calls = {name: _measure.with_kernels(name, call) for name, call in names.items()}
+        for name, took in _measure.side_by_side(calls, device, repeats * 3).items():
             # permute and back: x read, P rows written, read again, one result written
             moved = 2 * x.element_size() * H * T * (1 + K) if task == "permute" else None
             records.append(_record(
                 task, name, label, "balanced", tokens=T, seconds_forward_backward=took,
                 gigabytes_per_second=moved and moved / took / 1e9,
             ))  # fmt: skip
-    os.environ["R1_KERNELS"] = ""
     return records
 
 
@@ -191,7 +190,13 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
     from r1.parallel.model import decoder_config, layer_spec
     from r1.parallel.world import join
 
+    class TheirRouter(TopKRouter):
+        def gating(self, input: Tensor) -> Tensor:  # without TransformerEngine their own names what it has not imported
+            return torch.nn.functional.linear(input.float(), self.weight.float())
+
     H, F, E, K, groups, group_top = shape
+    if K // group_top != 2:  # then Megatron scores a group by other than its two best, and chooses other experts
+        groups, group_top = 1, 1
     parallel = ParallelConfig(dtype="float32" if device == "cpu" else "bfloat16")
     model = ModelConfig(
         hidden_size=H, num_layers=1, num_dense_layers=0, num_experts=E, experts_per_token=K, expert_hidden_size=F,
@@ -209,7 +214,7 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
         submodules=MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=linears),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
-            router=TopKRouter,
+            router=TheirRouter,
         ),
         layer_number=1,
         pg_collection=world.groups,
@@ -226,10 +231,11 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
         expert.linear_fc2.weight.data.copy_(ours.experts.down[e].t())
     x = torch.randn(T, 1, H, generator=generator).to(device, next(ours.parameters()).dtype).requires_grad_()
     up = torch.randn(T, 1, H, generator=generator).to(x.device, x.dtype)
-    records, first = [], None
-    contenders = {"Megatron MoELayer, SequentialMLP": theirs} | {f"r1 {b}": ours for b in _backends(device)}
-    for name, layer in contenders.items():
-        os.environ["R1_KERNELS"] = name.split()[1] if name.startswith("r1 ") else ""
+    calls = {}
+    for name, layer in {
+        "Megatron MoELayer, SequentialMLP": theirs,
+        **{f"r1 {b}": ours for b in _backends(device)},
+    }.items():
         layer.to(device)
 
         def call(layer: Any = layer) -> Tensor:
@@ -237,16 +243,17 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
             torch.autograd.grad(out, [x, *layer.parameters()], up)
             return out.detach()
 
-        out = call()
-        first = out if first is None else first
-        both = _measure.seconds(call, device, repeats)
-        records.append(_record(
-            "layer", name, label, "by the router", tokens=T, seconds_forward_backward=both,
-            tflops_forward_backward=18e-12 * T * (K + 1) * H * F / both,
-            relative_errors={"to Megatron's": _measure.relative_error(out, first)},
-        ))  # fmt: skip
-    os.environ["R1_KERNELS"] = ""
-    return records
+        calls[name] = _measure.with_kernels(name, call)
+    outputs = {name: call() for name, call in calls.items()}
+    want = next(iter(outputs.values()))
+    return [
+        _record(
+            "layer", name, label, "by the router", tokens=T, seconds_forward_backward=took,
+            tflops_forward_backward=18e-12 * T * (K + 1) * H * F / took,
+            relative_errors={"to Megatron's": _measure.relative_error(outputs[name], want)},
+        )
+        for name, took in _measure.side_by_side(calls, device, repeats).items()
+    ]  # fmt: skip
 
 
 def table(records: list[_measure.Record]) -> None:
@@ -255,19 +262,19 @@ def table(records: list[_measure.Record]) -> None:
         if "failed" in r:
             rows.append([f"{r['task']}: {r['name']}", r["shape"], r["load"], r["failed"], "", "", "", ""])
             continue
-        peer = next(x for x in records if all(x[k] == r[k] for k in ("task", "shape", "load")))
+        peer = next(x for x in records if all(x.get(k) == r.get(k) for k in ("task", "shape", "load", "tokens")))
         took = r["seconds_forward_backward"]
         rate = r.get("tflops_forward_backward")
         errors = r.get("relative_errors") or {}
         rows.append([
-            f"{r['task']}: {r['name']}", r["shape"], r["load"],
+            f"{r['task']}: {r['name']}", r["shape"], f"{r['load']}, T {r['tokens']}",
             f"{r['seconds_forward'] * 1e3:.2f}" if r.get("seconds_forward") else "", f"{took * 1e3:.2f}",
             f"{peer['seconds_forward_backward'] / took:.2f}" if "failed" not in peer else "",
             f"{rate:.3g}" if rate else f"{r['gigabytes_per_second']:.0f} GB/s" if r.get("gigabytes_per_second") else "",
             f"{max(errors.values()):.1e}" if errors else "",
         ])  # fmt: skip
     columns = ["", "shape", "load", "forward ms", "all ms", "times as fast", "TFLOP/s", "error"]
-    _measure.show(f"T = {records[0].get('tokens')}; forward with backward (permute: there and back)", columns, rows)
+    _measure.show("all: forward with backward, or there and back", columns, rows)
 
 
 def plot(records: list[_measure.Record], path: Path) -> None:
@@ -307,7 +314,9 @@ def main() -> None:
         for label, shape in shapes.items():
             for measure in (measure_layer, measure_experts, measure_routing):
                 progress.update(bar, description=f"{label}: {measure.__name__.removeprefix('measure_')}")
-                records += measure(label, shape, T, options.device, options.repeats)
+                # A layer's time has parts that do not grow with the tokens: a small batch too.
+                for tokens in (T // 8, T) if measure is measure_layer else (T,):
+                    records += measure(label, shape, tokens, options.device, options.repeats)
                 progress.advance(bar)
     path = _measure.save("moe", options.device, records, options.out)
     plot(records, path.with_suffix(".png"))

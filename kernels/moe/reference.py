@@ -121,8 +121,16 @@ def gather_rows(x_TH: Tensor, row_map_P: Tensor, top_k: int) -> Tensor:
 
 def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None) -> Tensor:
     """Sums each token's rows in order of k, so the result does not depend on how experts were laid out."""
-    H, dtype = y_PH.shape[1], wide(y_PH)
-    rows = (y_PH.new_empty if y_PH.shape[0] == num_tokens * top_k else y_PH.new_zeros)(num_tokens * top_k, H)
+    P, H = y_PH.shape
+    dtype, pairs = wide(y_PH), num_tokens * top_k
+    if P == pairs and y_PH.dtype == dtype and P and H:
+        # A bag of rows for each token: one pass, on all cores.
+        position_P = torch.empty_like(row_map_P).index_copy_(0, row_map_P, torch.arange(P, device=row_map_P.device))
+        weights = None if weights_TK is None else weights_TK.to(dtype)
+        return torch.nn.functional.embedding_bag(
+            position_P.view(num_tokens, top_k), y_PH, mode="sum", per_sample_weights=weights
+        )
+    rows = (y_PH.new_empty if P == pairs else y_PH.new_zeros)(pairs, H)
     y_TKH = rows.index_copy_(0, row_map_P, y_PH).view(num_tokens, top_k, H)
     if weights_TK is not None:
         y_TKH = y_TKH * weights_TK.to(dtype)[..., None]
@@ -205,8 +213,34 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
 def moe_mlp(
     x_PH: Tensor, tokens_per_expert_E: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, weights_P: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    gate_up_PF = grouped_gemm(x_PH, gate_up_EHF, tokens_per_expert_E)
-    return grouped_gemm(swiglu(gate_up_PF, weights_P), down_EFH, tokens_per_expert_E), gate_up_PF
+    gate_up_PF, y_PH = x_PH.new_empty(x_PH.shape[0], gate_up_EHF.shape[2]), torch.empty_like(x_PH)
+    if x_PH.dtype != wide(x_PH):
+        gate_up_PF = grouped_gemm(x_PH, gate_up_EHF, tokens_per_expert_E)
+        return grouped_gemm(swiglu(gate_up_PF, weights_P), down_EFH, tokens_per_expert_E), gate_up_PF
+    # One expert after the other, through the same small buffers: what is between the products stays in the cache.
+    gate_PF, up_PF = gate_up_PF.chunk(2, -1)
+    weights_P1 = _column(weights_P, x_PH)
+    rows = _groups(tokens_per_expert_E, len(x_PH), x_PH, gate_up_PF, gate_PF, up_PF, y_PH, weights_P1)
+    buffer = _buffers(1, rows, down_EFH)[0]
+    first_EHF, second_EFH = gate_up_EHF.unbind(), down_EFH.unbind()
+    for e, x, gate_up, gate, up, y, weights in rows:
+        torch.mm(x, first_EHF[e], out=gate_up)
+        middle = _silu(gate, out=buffer[: len(x)]).mul_(up)
+        if weights_P is not None:
+            middle.mul_(weights)
+        torch.mm(middle, second_EFH[e], out=y)
+    return y_PH, gate_up_PF
+
+
+_silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
+
+
+def _column(weights_P: Tensor | None, x_PH: Tensor) -> Tensor:
+    return x_PH.new_empty(len(x_PH), 0) if weights_P is None else weights_P.to(x_PH.dtype)[:, None]
+
+
+def _buffers(count: int, rows: list[tuple], like_EFH: Tensor) -> Tensor:
+    return like_EFH.new_empty(count, max((len(row[1]) for row in rows), default=0), like_EFH.shape[1])
 
 
 def moe_mlp_backward(
@@ -219,13 +253,51 @@ def moe_mlp_backward(
     gate_up_PF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d x, d gate_up weight, d down weight, d weights_P or an empty tensor)."""
-    grad_middle_PF = grouped_gemm(grad_PH, down_EFH.transpose(1, 2), tokens_per_expert_E)
-    middle_PF = swiglu(gate_up_PF, weights_P)
-    grad_down = grouped_gemm_wgrad(middle_PF, grad_PH, tokens_per_expert_E)
-    grad_gate_up_PF, grad_weights = swiglu_backward(grad_middle_PF, gate_up_PF, weights_P)
-    grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
-    grad_x = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
-    return grad_x, grad_gate_up, grad_down, grad_weights
+    if x_PH.dtype != wide(x_PH):
+        grad_middle_PF = grouped_gemm(grad_PH, down_EFH.transpose(1, 2), tokens_per_expert_E)
+        middle_PF = swiglu(gate_up_PF, weights_P)
+        grad_down = grouped_gemm_wgrad(middle_PF, grad_PH, tokens_per_expert_E)
+        grad_gate_up_PF, grad_weights = swiglu_backward(grad_middle_PF, gate_up_PF, weights_P)
+        grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
+        grad_x = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
+        return grad_x, grad_gate_up, grad_down, grad_weights
+    grad_x, grad_gate_up, grad_down = (
+        torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x_PH, gate_up_EHF, down_EFH)
+    )
+    gate_PF, up_PF = gate_up_PF.chunk(2, -1)
+    weights_P1 = _column(weights_P, x_PH)
+    grad_weights_P1 = torch.empty_like(weights_P1)
+    rows = _groups(
+        tokens_per_expert_E, len(x_PH), x_PH, grad_PH.contiguous(), gate_PF, up_PF, weights_P1, grad_x, grad_weights_P1
+    )
+    F = down_EFH.shape[1]
+    spare = _buffers(5, rows, down_EFH).view(5, -1)
+    first_EFH, second_EHF = gate_up_EHF.transpose(1, 2).unbind(), down_EFH.transpose(1, 2).unbind()
+    into_first, into_second = grad_gate_up.unbind(), grad_down.unbind()
+    empty = set(range(len(gate_up_EHF)))
+    for e, x, grad, gate, up, weights, grad_x_rows, grad_weights in rows:
+        empty.discard(e)
+        N = len(x)
+        grad_middle, activation, middle = spare[:3, : N * F].view(3, N, F).unbind()
+        grad_first = spare[3:].view(-1)[: 2 * N * F].view(N, 2 * F)
+        grad_gate, grad_up = grad_first.split(F, -1)
+        torch.mm(grad, second_EHF[e], out=grad_middle)
+        torch.mul(_silu(gate, out=activation), up, out=middle)
+        if weights_P is not None:
+            torch.sum(torch.mul(grad_middle, middle, out=grad_up), -1, True, out=grad_weights)
+            middle.mul_(weights)
+            grad_middle.mul_(weights)
+        torch.mm(middle.t(), grad, out=into_second[e])
+        torch.mul(grad_middle, activation, out=grad_up)
+        _silu_backward(grad_middle.mul_(up), gate, grad_input=grad_gate)
+        torch.mm(x.t(), grad_first, out=into_first[e])
+        torch.mm(grad_first, first_EFH[e], out=grad_x_rows)
+    for e in empty:
+        grad_gate_up[e].zero_()
+        grad_down[e].zero_()
+    if weights_P is None:
+        return grad_x, grad_gate_up, grad_down, x_PH.new_empty(0)
+    return grad_x, grad_gate_up, grad_down, grad_weights_P1[:, 0].to(weights_P.dtype)
 
 
 def moe_layer(

@@ -374,6 +374,8 @@ def test_bad_input() -> None:
         linear_logprob(h, w, torch.tensor([0, 1, 2, 9]))
     with bad(r"targets_T\[0\] is -1"):
         linear_cross_entropy(h, w, torch.tensor([-1, 1, 2, 0]))
+    with bad(r"weight_VH is a \(5, 3\) tensor of float32 on meta, wanted the device of hidden_TH, cpu"):
+        linear_logprob(h, w.to("meta"), t)
     with bad("temperature is 0"):
         linear_logprob(h, w, t, 0)
     with bad("chunk_tokens is 0"):
