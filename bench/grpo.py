@@ -264,7 +264,7 @@ def table(records: list[_measure.Record]) -> None:
             if tuple(r.get("shape", {}).values()) != shape:
                 continue
             eager = next(
-                x for x in records if x["name"] == "eager" and x["task"] == r["task"] and x["shape"] == r["shape"]
+                x for x in records if x["name"] == "eager" and x["task"] == r["task"] and x.get("shape") == r["shape"]
             )
             rows.append([
                 f"{r['task']}: {r['name']}",

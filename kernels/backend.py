@@ -82,7 +82,12 @@ def operator(
     name = schema.split("(")[0]
 
     def run(*arguments: Any) -> Any:
-        return getattr(implementation(family, _device(arguments)), name)(*arguments)
+        device = _device(arguments)
+        function = getattr(implementation(family, device), name)
+        if device.type != "cuda":
+            return function(*arguments)
+        with torch.cuda.device(device):  # Triton launches on the current device, whichever the tensors' is
+            return function(*arguments)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -57,9 +57,11 @@ class Router(TopKRouter):
             self.local_tokens_per_expert += load
         return ids, weights
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Megatron's form of the choice: weights (T, E) and the map (T, E) of who goes where."""
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None, as_ids: bool = False) -> tuple[Tensor, Tensor]:
+        """Megatron's form of the choice: weights (T, E) and the map (T, E) of who goes where; or ids and weights."""
         ids, weights = self.choose(input, padding_mask)
+        if as_ids:
+            return ids, weights
         shape = (ids.shape[0], self.config.num_moe_experts)
         probabilities = torch.zeros(shape, dtype=weights.dtype, device=weights.device).scatter(1, ids, weights)
         chosen = torch.zeros(shape, dtype=torch.bool, device=weights.device).scatter(1, ids, True)
@@ -97,10 +99,12 @@ class Experts(MegatronModule):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias."""
-        x = permuted_local_hidden_states
-        counts = tokens_per_expert.to(x.device)
-        return moe_mlp(x, counts, self.gate_up.flatten(2), self.down, permuted_probs), None
+        """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias. Or tokens (T, H), ids
+        (T, K), weights (T, K) → (T, H)."""
+        x, weights = permuted_local_hidden_states, (self.gate_up.flatten(2), self.down)
+        if permuted_probs.dim() == 2:
+            return moe_layer(x, tokens_per_expert, permuted_probs, *weights), None
+        return moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -135,10 +139,9 @@ class MixtureOfExperts(MoELayer):
         if not local or intermediate_tensors is not None or self.shared_expert_overlap or self.moe_layer_recompute:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         mask = padding_mask.transpose(0, 1).bool() if padding_mask is not None else None
-        ids_TK, weights_TK = self.router.choose(hidden_states, mask)
-        experts = self.experts
-        out = moe_layer(hidden_states.flatten(0, 1), ids_TK, weights_TK, experts.gate_up.flatten(2), experts.down)
-        out = out.view_as(hidden_states)
+        # Called as modules: Megatron waits for gathered parameters in hooks before a module's forward.
+        ids_TK, weights_TK = self.router(hidden_states, mask, as_ids=True)
+        out = self.experts(hidden_states.flatten(0, 1), ids_TK, weights_TK)[0].view_as(hidden_states)
         if self.use_shared_expert:
             out = out + self.shared_experts(hidden_states)
         return out, None

@@ -366,8 +366,10 @@ def _check_grpo(
         "rollout_logprobs_T", None, f"a tensor, since importance_cap is {importance_cap}",
     )  # fmt: skip
     require(
-        ratio == "token" or (cu_seqlens is not None and cu_seqlens.dim() == 1 and len(cu_seqlens) >= 1),
-        "cu_seqlens", cu_seqlens, "an integer (S + 1,) tensor, since ratio is 'sequence'",
+        ratio == "token"
+        or (cu_seqlens is not None and cu_seqlens.dim() == 1 and len(cu_seqlens) >= 1
+            and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == device),
+        "cu_seqlens", cu_seqlens, f"an int32 or int64 (S + 1,) tensor on {device}, since ratio is 'sequence'",
     )  # fmt: skip
 
 

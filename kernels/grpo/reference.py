@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from r1.kernels.backend import wide
 
 THIS = sys.modules[__name__]
+KEPT_SPAN = 8192  # columns of kept logits whose gradient exists at a time
 
 
 class _Shard:
@@ -61,7 +62,7 @@ def _first_rows(used_T: Tensor, count: int) -> Tensor | None:
     """The indices of the `count` rows that are used, without asking a GPU how many they are; None for all."""
     if count == used_T.shape[0]:
         return None
-    return torch.argsort(used_T.logical_not(), stable=True)[:count]
+    return torch.argsort((~used_T).to(torch.uint8), stable=True)[:count]
 
 
 def _take(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -84,10 +85,13 @@ def linear_logprob(
     kernels: ModuleType = THIS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log p(target), entropy or an empty tensor, log-sum-exp of the logits, each (T), in float32 or float64; then for
-    the backward the number of rows that take part (0-d, on the CPU), and their logits if kept, else an empty tensor."""
+    the backward the number of rows that take part (0-d, on the CPU; -1 if nobody looked), and their logits if kept,
+    else an empty tensor."""
     dtype, T = wide(hidden_TH, weight_VH), hidden_TH.shape[0]
     shard = _Shard(weight_VH, vocab_size, group_name)
     rows, N = _rows(targets_T, ignore_index, vocab_size, check_values)
+    if not check_values:
+        hidden_TH = hidden_TH.masked_fill((targets_T == ignore_index)[:, None], 0)
     V = shard.weight_VH.shape[0]
     kept_TV = hidden_TH.new_empty(T if keep_logits else 0, weight_VH.shape[0], dtype=dtype)
     results_3T = hidden_TH.new_zeros(3, T, dtype=dtype)
@@ -106,7 +110,7 @@ def linear_logprob(
     if not check_values:
         results_3T[:2].masked_fill_(targets_T == ignore_index, 0)
         logprobs.masked_fill_(_outside(targets_T, ignore_index, vocab_size), torch.nan)
-    count = torch.tensor(N)
+    count = torch.tensor(N if check_values else -1)
     return logprobs.clone(), entropy.clone() if want_entropy else entropy.new_empty(0), lse.clone(), count, kept_TV
 
 
@@ -165,8 +169,13 @@ def linear_logprob_backward(
     """(dhidden, dweight), empty where not wanted. Logits that were not kept are made again, a span at a time."""
     shard = _Shard(weight_VH, vocab_size, group_name)
     used_T, N, V = targets_T != ignore_index, int(count), shard.weight_VH.shape[0]
-    rows = _first_rows(used_T, N)
-    grad_hidden = hidden_TH.new_zeros(hidden_TH.shape if want_hidden else (0, hidden_TH.shape[1]))
+    if N < 0:
+        # Rows of ignored tokens may hold anything.
+        N, lse_T, hidden_TH = len(used_T), lse_T.masked_fill(~used_T, 0), hidden_TH.masked_fill(~used_T[:, None], 0)
+    rows = _first_rows(used_T, N) if int(count) >= 0 else None
+    grad_hidden = hidden_TH.new_zeros(
+        hidden_TH.shape if want_hidden and (rows is not None or not N) else (0, hidden_TH.shape[1])
+    )
     grad_weight = weight_VH.new_empty(weight_VH.shape if want_weight else (0, weight_VH.shape[1]))
     grad_weight[V if N else 0 :] = 0
     if not N:
@@ -181,6 +190,8 @@ def linear_logprob_backward(
     hidden_NH = _take(hidden_TH, rows).to(operand)
     total_NH = hidden_NH.new_zeros(N if want_hidden else 0, hidden_NH.shape[1], dtype=wide(hidden_TH, weight_VH))
     width, unit = _width(chunk_tokens, weight_VH, N, kernels.SPAN_UNIT), kernels.SPAN_UNIT
+    if len(kept_TV):
+        width = min(width, KEPT_SPAN)
     buffer = hidden_NH.new_empty(N, min(width, -(-V // unit) * unit))
     for begin, end in shard.spans(width):
         weight_CH = shard.weight_VH[begin:end].to(operand)
@@ -354,7 +365,7 @@ def grpo_loss(
 
     # d min(free, clipped) / d log ratio
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
-    slope = torch.where(free <= clipped, bounded == ratio, inside) * advantage * ratio
+    slope = torch.where(torch.where(free <= clipped, bounded == ratio, inside), advantage * ratio, 0)
     loss = -torch.minimum(free, clipped) * importance * weight
     gradient = -slope * importance * weight
     if over_sequence is not None:

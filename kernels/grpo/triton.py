@@ -76,8 +76,10 @@ def statistics_kernel(
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     live = rows < N
     if KEEP:
-        where = logits_ptr + rows[:, None].to(tl.int64) * logits_stride + columns[None, :]
-        tl.store(where, x, mask=live[:, None] & (columns < V)[None, :])
+        # 32-bit offsets within the tile: 64-bit ones would not fit the registers beside it.
+        corner = logits_ptr + (row_tile * BLOCK_T).to(tl.int64) * logits_stride + column_tile * BLOCK_V
+        within = tl.arange(0, BLOCK_T)[:, None] * logits_stride + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(corner + within, x, mask=live[:, None] & (columns < V)[None, :])
     target = tl.load(column_ptr + rows, mask=live, other=-1)
     here = (target >= column_tile * BLOCK_V) & (target < (column_tile + 1) * BLOCK_V) & (target < V)
     tl.store(target_ptr + rows, tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1), mask=live & here)

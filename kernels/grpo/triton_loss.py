@@ -43,7 +43,7 @@ def grpo_kernel(
     """A program does BLOCK tokens, or with SEQUENCE one sequence. A token leaves its loss and its metrics, (13, T)."""
     program = tl.program_id(0)
     if SEQUENCE:
-        begin, end = tl.load(bounds_ptr + program), tl.load(bounds_ptr + program + 1)
+        begin, end = tl.load(bounds_ptr + program), tl.minimum(tl.load(bounds_ptr + program + 1), T)
     else:
         begin, end = program * BLOCK, tl.minimum(program * BLOCK + BLOCK, T)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -81,6 +81,8 @@ def grpo_kernel(
         moves = tl.where(free <= clipped, bounded == ratio, inside)
         slope = tl.where(moves, -advantage * ratio * importance * weight, 0.0)
         loss = -tl.minimum(free, clipped) * importance * weight
+        # A GPU's minimum drops a NaN.
+        loss, slope = tl.where(ratio == ratio, loss, ratio), tl.where(ratio == ratio, slope, ratio)
         kl_gradient = tl.zeros((BLOCK,), tl.float32)
         toward = tl.zeros((BLOCK,), tl.float32)
         if REFERENCE:
@@ -167,7 +169,7 @@ def grpo_loss(
     if T and programs:
         tensors = [token_weights_T if x is None else x.contiguous() for x in (*inputs, rollout_logprobs_T)]
         grpo_kernel[(programs,)](
-            *tensors, terms if cu_seqlens is None else cu_seqlens, terms, gradient, T,
+            *tensors, terms if cu_seqlens is None else cu_seqlens.contiguous(), terms, gradient, T,
             clip_low, clip_high, float("inf") if ratio_max is None else ratio_max,
             float("inf") if importance_cap is None else importance_cap, kl_coefficient,
             SEQUENCE=cu_seqlens is not None, REFERENCE=reference_logprobs_T is not None,

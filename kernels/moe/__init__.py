@@ -72,7 +72,7 @@ _permute = operator(
 
 def _unpermute_save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     y, row_map, _, ctx.K, weights = inputs
-    ctx.save_for_backward(y, row_map, weights)
+    ctx.save_for_backward(None if weights is None else y, row_map, weights)
 
 
 def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple:
@@ -90,11 +90,11 @@ _unpermute = operator(
 )
 _unpermute_backward_op = operator(
     "moe",
-    "unpermute_backward(Tensor grad_TH, Tensor y_PH, Tensor row_map_P, SymInt top_k, Tensor? weights_TK) "
+    "unpermute_backward(Tensor grad_TH, Tensor? y_PH, Tensor row_map_P, SymInt top_k, Tensor? weights_TK) "
     "-> (Tensor, Tensor)",
     lambda grad, y, row_map, K, weights: (
-        y.new_empty(y.shape),
-        y.new_empty(0) if weights is None else weights.new_empty(weights.shape),
+        grad.new_empty((row_map.shape[0], grad.shape[1])),
+        grad.new_empty(0) if weights is None else weights.new_empty(weights.shape),
     ),
 )
 
@@ -265,8 +265,10 @@ def route(
             "replay_ids_TK", replay_ids_TK, f"an int64 ({T}, {top_k}) tensor on {logits_TE.device}",
         )  # fmt: skip
     require(
-        padding_mask_T is None or (padding_mask_T.shape == (T,) and padding_mask_T.dtype == torch.bool),
-        "padding_mask_T", padding_mask_T, f"a bool ({T},) tensor",
+        padding_mask_T is None
+        or (padding_mask_T.shape == (T,) and padding_mask_T.dtype == torch.bool
+            and padding_mask_T.device == logits_TE.device),
+        "padding_mask_T", padding_mask_T, f"a bool ({T},) tensor on {logits_TE.device}",
     )  # fmt: skip
     return _route(
         logits_TE, bias_E, top_k, num_groups, group_top_k, float(scale), score, replay_ids_TK, padding_mask_T,
@@ -333,22 +335,24 @@ def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weig
     """
     require(y_PH.dim() == 2, "y_PH", y_PH, "a (P, H) tensor")
     require(
-        row_map_P.shape == y_PH.shape[:1] and row_map_P.dtype == torch.int64,
-        "row_map_P", row_map_P, f"an int64 ({y_PH.shape[0]},) tensor",
+        row_map_P.shape == y_PH.shape[:1] and row_map_P.dtype == torch.int64 and row_map_P.device == y_PH.device,
+        "row_map_P", row_map_P, f"an int64 ({y_PH.shape[0]},) tensor on {y_PH.device}",
     )  # fmt: skip
     require(
         y_PH.shape[0] <= num_tokens * top_k, "num_tokens", num_tokens, f"at least {y_PH.shape[0]} rows / top_k {top_k}"
     )
     require(
-        weights_TK is None or weights_TK.shape == (num_tokens, top_k),
-        "weights_TK", weights_TK, f"a ({num_tokens}, {top_k}) tensor",
+        weights_TK is None or (weights_TK.shape == (num_tokens, top_k) and weights_TK.device == y_PH.device),
+        "weights_TK", weights_TK, f"a ({num_tokens}, {top_k}) tensor on {y_PH.device}",
     )  # fmt: skip
     return _unpermute(y_PH, row_map_P, num_tokens, top_k, weights_TK)
 
 
 def _check_experts(name: str, weight: Tensor, counts: Tensor, width: int, x: Tensor) -> None:
-    require(counts.dim() == 1 and counts.dtype in (torch.int64, torch.int32), "tokens_per_expert_E", counts,
-            "an integer (E,) tensor")  # fmt: skip
+    require(
+        counts.dim() == 1 and counts.dtype in (torch.int64, torch.int32) and counts.device == x.device,
+        "tokens_per_expert_E", counts, f"an int32 or int64 (E,) tensor on {x.device}",
+    )  # fmt: skip
     require(
         weight.dim() == 3 and weight.shape[:2] == (len(counts), width)
         and weight.dtype == x.dtype and weight.device == x.device,
@@ -360,7 +364,8 @@ def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) 
     """y_PF = x @ weight[e] for the rows of each expert e; rows are sorted by expert, weight is (E, in, out).
 
     Any group sizes, 0 too, whose sum is P. Same type for x and weight. Differentiable in both; the weight gradient of
-    an expert without rows is 0. Raises ValueError for wrong shapes, types or counts.
+    an expert without rows is 0. Raises ValueError for wrong shapes or types, and on a CPU for counts whose sum is not
+    P: on a GPU the host would have to wait. There, no row beyond P is touched, and rows beyond the sum hold anything.
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
     _check_experts("weight_EHF", weight_EHF, tokens_per_expert_E, x_PH.shape[1], x_PH)
@@ -375,12 +380,14 @@ def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_p
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
     require(
-        grad_PF.dim() == 2 and len(grad_PF) == len(x_PH) and grad_PF.dtype == x_PH.dtype,
+        grad_PF.dim() == 2 and len(grad_PF) == len(x_PH) and grad_PF.dtype == x_PH.dtype
+        and grad_PF.device == x_PH.device,
         "grad_PF", grad_PF, f"a ({len(x_PH)}, F) tensor of {str(x_PH.dtype).removeprefix('torch.')}",
     )  # fmt: skip
     shape = (len(tokens_per_expert_E), x_PH.shape[1], grad_PF.shape[1])
     require(
-        out_EHF.shape == shape and out_EHF.is_contiguous() and out_EHF.is_floating_point(),
+        out_EHF.shape == shape and out_EHF.is_contiguous() and out_EHF.is_floating_point()
+        and out_EHF.device == tokens_per_expert_E.device == x_PH.device,
         "out_EHF", out_EHF, f"a contiguous floating {shape} tensor",
     )  # fmt: skip
     _grouped_gemm_wgrad_(out_EHF, x_PH, grad_PF, tokens_per_expert_E)
@@ -413,8 +420,7 @@ def moe_mlp(
     """All experts' MLPs at once: (silu(x gate) * (x up) * weights) down, for rows sorted by expert: y_PH.
 
     gate_up_EHF is (E, H, 2 F) with [gate | up] along the last axis, down_EFH (E, F, H), weights_P one number a row.
-    Differentiable in all four; only x and the first product are kept for the backward.
-    Raises ValueError for wrong shapes, types or counts.
+    Differentiable in all four; only x and the first product are kept for the backward. Raises what grouped_gemm does.
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
     P, H = x_PH.shape
@@ -422,7 +428,10 @@ def moe_mlp(
     require(gate_up_EHF.shape[2] % 2 == 0, "gate_up_EHF", gate_up_EHF, "an even last axis")
     _check_experts("down_EFH", down_EFH, tokens_per_expert_E, gate_up_EHF.shape[2] // 2, x_PH)
     require(down_EFH.shape[2] == H, "down_EFH", down_EFH, f"a last axis of {H}")
-    require(weights_P is None or weights_P.shape == (P,), "weights_P", weights_P, f"a ({P},) tensor")
+    require(
+        weights_P is None or (weights_P.shape == (P,) and weights_P.device == x_PH.device),
+        "weights_P", weights_P, f"a ({P},) tensor on {x_PH.device}",
+    )  # fmt: skip
     return _moe_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P)[0]
 
 
@@ -443,10 +452,13 @@ def moe_layer(
     require(x_TH.dim() == 2 and x_TH.is_floating_point(), "x_TH", x_TH, "a floating (T, H) tensor")
     T, H = x_TH.shape
     require(
-        ids_TK.dim() == 2 and len(ids_TK) == T and ids_TK.dtype == torch.int64,
-        "ids_TK", ids_TK, f"an int64 ({T}, K) tensor",
+        ids_TK.dim() == 2 and len(ids_TK) == T and ids_TK.dtype == torch.int64 and ids_TK.device == x_TH.device,
+        "ids_TK", ids_TK, f"an int64 ({T}, K) tensor on {x_TH.device}",
     )  # fmt: skip
-    require(weights_TK.shape == ids_TK.shape, "weights_TK", weights_TK, f"a {tuple(ids_TK.shape)} tensor")
+    require(
+        weights_TK.shape == ids_TK.shape and weights_TK.device == x_TH.device,
+        "weights_TK", weights_TK, f"a {tuple(ids_TK.shape)} tensor on {x_TH.device}",
+    )  # fmt: skip
     counts = ids_TK.new_empty(gate_up_EHF.shape[0])
     _check_experts("gate_up_EHF", gate_up_EHF, counts, H, x_TH)
     require(gate_up_EHF.shape[2] % 2 == 0, "gate_up_EHF", gate_up_EHF, "an even last axis")

@@ -33,7 +33,7 @@ def route(
     logits = logits_TE.to(wide(logits_TE))
     scores_TE = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     if replay_ids_TK is not None:
-        ids_TK = replay_ids_TK.clone()
+        ids_TK = replay_ids_TK.clone(memory_format=torch.contiguous_format)
     else:
         choice_TE = scores_TE.clone() if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
         if num_groups > 1:
@@ -138,11 +138,13 @@ def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weig
 
 
 def unpermute_backward(
-    grad_TH: Tensor, y_PH: Tensor, row_map_P: Tensor, top_k: int, weights_TK: Tensor | None
+    grad_TH: Tensor, y_PH: Tensor | None, row_map_P: Tensor, top_k: int, weights_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """(d y, d weights or an empty tensor); y is needed for the weights only."""
     grad_PH = gather_rows(grad_TH, row_map_P, top_k)
     if weights_TK is None:
-        return grad_PH, y_PH.new_empty(0)
+        return grad_PH, grad_TH.new_empty(0)
+    assert y_PH is not None
     dtype = wide(y_PH)
     flat = torch.zeros_like(weights_TK.reshape(-1), dtype=dtype)
     flat.index_copy_(0, row_map_P, (grad_PH.to(dtype) * y_PH).sum(-1))
@@ -150,11 +152,16 @@ def unpermute_backward(
     return (grad_PH * weights_P1).to(y_PH.dtype), flat.view(weights_TK.shape).to(weights_TK.dtype)
 
 
-def _groups(tokens_per_expert_E: Tensor, P: int, *tensors: Tensor) -> list[tuple]:
-    """(expert, then each tensor's rows of that expert) for the experts that have any."""
+def checked_counts(tokens_per_expert_E: Tensor, P: int) -> list[int]:
     counts = tokens_per_expert_E.tolist()
     if sum(counts) != P or min(counts, default=0) < 0:
         raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers >= 0 whose sum is the {P} rows")
+    return counts
+
+
+def _groups(tokens_per_expert_E: Tensor, P: int, *tensors: Tensor) -> list[tuple]:
+    """(expert, then each tensor's rows of that expert) for the experts that have any."""
+    counts = checked_counts(tokens_per_expert_E, P)
     parts = zip(*(t.split(counts) for t in tensors))
     return [(e, *rows) for e, (count, rows) in enumerate(zip(counts, parts)) if count]
 
@@ -190,7 +197,7 @@ def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     out = torch.nn.functional.silu(gate).mul_(up)
     if weights is not None:
         out.mul_(weights[..., None])
-    return out.to(gate_up.dtype)
+    return out.to(gate_up.dtype).contiguous()
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -213,7 +220,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
 def moe_mlp(
     x_PH: Tensor, tokens_per_expert_E: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, weights_P: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    gate_up_PF, y_PH = x_PH.new_empty(x_PH.shape[0], gate_up_EHF.shape[2]), torch.empty_like(x_PH)
+    gate_up_PF, y_PH = x_PH.new_empty(x_PH.shape[0], gate_up_EHF.shape[2]), x_PH.new_empty(x_PH.shape)
     if x_PH.dtype != wide(x_PH):
         gate_up_PF = grouped_gemm(x_PH, gate_up_EHF, tokens_per_expert_E)
         return grouped_gemm(swiglu(gate_up_PF, weights_P), down_EFH, tokens_per_expert_E), gate_up_PF

@@ -137,15 +137,15 @@ def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weig
 
 
 def unpermute_backward(
-    grad_TH: Tensor, y_PH: Tensor, row_map_P: Tensor, top_k: int, weights_TK: Tensor | None
+    grad_TH: Tensor, y_PH: Tensor | None, row_map_P: Tensor, top_k: int, weights_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if wide(y_PH) == torch.float64:
+    if wide(grad_TH) == torch.float64:
         return reference.unpermute_backward(grad_TH, y_PH, row_map_P, top_k, weights_TK)
-    P, H = y_PH.shape
-    grad_y = y_PH.new_empty(P, H)
-    grad_weights = y_PH.new_empty(0) if weights_TK is None else torch.zeros_like(weights_TK.contiguous())
+    P, H = row_map_P.shape[0], grad_TH.shape[1]
+    grad_y = grad_TH.new_empty(P, H)
+    grad_weights = grad_TH.new_empty(0) if weights_TK is None else torch.zeros_like(weights_TK.contiguous())
     if P and H:
-        grad, y = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_TH, y_PH))
+        grad, y = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_TH, grad_TH if y_PH is None else y_PH))
         sorting.unpermute_backward_kernel[(P,)](
             grad, grad.stride(0), y, y.stride(0), row_map_P.contiguous(),
             grad if weights_TK is None else weights_TK.contiguous(), grad_y, grad_weights, H,
@@ -162,10 +162,12 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.element_size() == 2 else "tf32x3"
 
 
-def _plan(tokens_per_expert_E: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _plan(tokens_per_expert_E: Tensor, P: int, block: int) -> tuple[Tensor, Tensor]:
+    if tokens_per_expert_E.device.type == "cpu":
+        reference.checked_counts(tokens_per_expert_E, P)
     E = len(tokens_per_expert_E)
     ends, tile_ends = torch.empty(2, E, dtype=torch.int32, device=tokens_per_expert_E.device).unbind()
-    gemm.plan_kernel[(1,)](tokens_per_expert_E.contiguous(), ends, tile_ends, E, BLOCK_M=block, E_2=power_of_2(E))
+    gemm.plan_kernel[(1,)](tokens_per_expert_E.contiguous(), ends, tile_ends, E, P, BLOCK_M=block, E_2=power_of_2(E))
     return ends, tile_ends
 
 
@@ -177,7 +179,7 @@ def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) 
     if out.numel() == 0 or K == 0:
         return out.zero_()
     tile = _tile(x_PH)
-    ends, tile_ends = _plan(tokens_per_expert_E, tile["BLOCK_M"])
+    ends, tile_ends = _plan(tokens_per_expert_E, P, tile["BLOCK_M"])
     transposed = weight_EHF.stride(2) != 1 and weight_EHF.stride(1) == 1
     if transposed:
         weight = descriptor(weight_EHF.transpose(1, 2), [1, tile["BLOCK_N"], tile["BLOCK_K"]])
@@ -215,7 +217,7 @@ def _wgrad(out: Tensor, x: Tensor, grad: Tensor, tokens_per_expert_E: Tensor, ac
         out.zero_() if not accumulate else None
         return
     tile = _tile(x)
-    ends, _ = _plan(tokens_per_expert_E, tile["BLOCK_M"])
+    ends, _ = _plan(tokens_per_expert_E, len(x), tile["BLOCK_M"])
     x, grad = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, grad))
     gemm.grouped_wgrad_kernel[(E * triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)](
         descriptor(x, [tile["BLOCK_K"], tile["BLOCK_M"]]), descriptor(grad, [tile["BLOCK_K"], tile["BLOCK_N"]]),

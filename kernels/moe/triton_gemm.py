@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def plan_kernel(counts_ptr, ends_ptr, tile_ends_ptr, E, BLOCK_M: tl.constexpr, E_2: tl.constexpr):
-    """Running sums over the experts: of rows, and of tiles of BLOCK_M rows."""
+@triton.jit(do_not_specialize=["P"])
+def plan_kernel(counts_ptr, ends_ptr, tile_ends_ptr, E, P, BLOCK_M: tl.constexpr, E_2: tl.constexpr):
+    """Running sums over the experts: of rows, and of tiles of BLOCK_M rows. Never beyond the P rows that there are."""
     e = tl.arange(0, E_2)
-    counts = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32)
-    tl.store(ends_ptr + e, tl.cumsum(counts, 0), mask=e < E)
+    counts = tl.maximum(tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32), 0)
+    sums = tl.cumsum(counts, 0)
+    ends = tl.minimum(sums, P)
+    counts = ends - tl.minimum(sums - counts, P)
+    tl.store(ends_ptr + e, ends, mask=e < E)
     tl.store(tile_ends_ptr + e, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0), mask=e < E)
 
 
