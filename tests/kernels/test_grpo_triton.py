@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,17 +20,6 @@ from tests.kernels.helpers import check_operator, leaf, ragged, spawn_pair
 
 F64 = torch.float64
 Result = dict[str, Tensor]
-
-
-@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
-    """Where the tensors lie. Every operator called runs the Triton kernels, and memory they get is full of NaN."""
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("kernels are interpreted only where there is no GPU")
-    monkeypatch.setenv("R1_KERNELS", "triton")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
 
 
 def eager(h: Tensor, w: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,17 +27,6 @@ from tests.kernels.helpers import check_operator, leaf
 
 F64 = torch.float64
 HALF = torch.bfloat16
-
-
-@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
-    """Where the tensors lie. Every operator called runs the Triton kernels, and memory they get is full of NaN."""
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("kernels are interpreted only where there is no GPU")
-    monkeypatch.setenv("R1_KERNELS", "triton")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
 
 
 def same_as_plain(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
