@@ -6,8 +6,6 @@ backend. Letters are those of reference.py.
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -298,5 +296,34 @@ def moe_mlp_backward(
     return grad_x, grad_gate_up, grad_down, grad_weights
 
 
-moe_layer = partial(reference.moe_layer, kernels=sys.modules[__name__])
-moe_layer_backward = partial(reference.moe_layer_backward, kernels=sys.modules[__name__])
+def moe_layer(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, check_values: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, K = ids_TK.shape
+    x_PH, row_map_P, counts_E = permute(x_TH, ids_TK, len(gate_up_EHF), check_values)
+    weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
+    y_PH, gate_up_PF = moe_mlp(x_PH, counts_E, gate_up_EHF, down_EFH, weights_P)
+    return unpermute(y_PH, row_map_P, T, K, None), row_map_P, counts_E, gate_up_PF
+
+
+def moe_layer_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    row_map_P: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_PF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in reference.py. The sorted rows of x are copied again, not kept."""
+    T, K = weights_TK.shape
+    weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
+    token_P = row_map_P.div(K, rounding_mode="floor")
+    grad_x_PH, grad_gate_up, grad_down, grad_weights_P = moe_mlp_backward(
+        grad_TH.index_select(0, token_P), x_TH.index_select(0, token_P), tokens_per_expert_E, gate_up_EHF, down_EFH,
+        weights_P, gate_up_PF,
+    )  # fmt: skip
+    grad_weights = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    grad_weights.view(-1).index_copy_(0, row_map_P, grad_weights_P)
+    return unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights, grad_gate_up, grad_down

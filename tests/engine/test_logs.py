@@ -112,7 +112,8 @@ def test_timing_adds_up_over_resumed_runs(tmp_path: Path) -> None:
         timer.close()
     timing = json.loads((tmp_path / "timing.json").read_text())
     assert 0.1 <= timing["phases"]["rollout"] < 1 and 0.04 <= timing["phases"]["train"] < 1
-    assert timing["seconds"] >= timing["phases"]["rollout"] + timing["phases"]["train"]
+    # Every number is rounded to a millisecond, so the sum may be two halves too large.
+    assert timing["seconds"] >= timing["phases"]["rollout"] + timing["phases"]["train"] - 0.0011
 
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:
