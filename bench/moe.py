@@ -314,8 +314,8 @@ def main() -> None:
         for label, shape in shapes.items():
             for measure in (measure_layer, measure_experts, measure_routing):
                 progress.update(bar, description=f"{label}: {measure.__name__.removeprefix('measure_')}")
-                # A layer's time has parts that do not grow with the tokens: a small batch too.
-                for tokens in (T // 8, T) if measure is measure_layer else (T,):
+                # A layer's time has parts that do not grow with the tokens: small batches too.
+                for tokens in (T // 16, T // 4, T) if measure is measure_layer else (T,):
                     records += measure(label, shape, tokens, options.device, options.repeats)
                 progress.advance(bar)
     path = _measure.save("moe", options.device, records, options.out)

@@ -101,10 +101,19 @@ class Experts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias. Or tokens (T, H), ids
         (T, K), weights (T, K) → (T, H)."""
-        x, weights = permuted_local_hidden_states, (self.gate_up.flatten(2), self.down)
+        x, weights, main = permuted_local_hidden_states, (self.gate_up.flatten(2), self.down), self.main_gradients()
         if permuted_probs.dim() == 2:
-            return moe_layer(x, tokens_per_expert, permuted_probs, *weights), None
-        return moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs), None
+            return moe_layer(x, tokens_per_expert, permuted_probs, *weights, main_gradients=main), None
+        return moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs, main), None
+
+    def main_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """Where Megatron's DistributedDataParallel adds up gradients: the backward adds to them itself."""
+        parameters = (self.gate_up, self.down)
+        if not torch.is_grad_enabled() or not all(hasattr(p, "main_grad") and p.requires_grad for p in parameters):
+            return None
+        for parameter in parameters:
+            parameter.grad_added_to_main_grad = True  # read by its hook after the backward, cleared every step
+        return self.gate_up.main_grad.flatten(2), self.down.main_grad
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -5,219 +5,16 @@ Letters: T tokens, H hidden, E experts, K experts a token, P rows sorted by expe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from r1.kernels.backend import operator, register, require, wide
-from r1.kernels.moe import reference
+from r1.kernels.backend import register, require, wide
+from r1.kernels.moe import operators, reference
 
 register("moe", "torch", reference, proven_on=("cpu", "cuda"))
 register("moe", "triton", "r1.kernels.moe.triton", proven_on=())
 
 SCORES = ("sigmoid", "softmax")
-
-
-def _route_fake(logits: Tensor, bias: Any, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    T, E = logits.shape
-    ids = logits.new_empty((T, top_k), dtype=torch.int64)
-    return ids, logits.new_empty((T, top_k), dtype=wide(logits)), ids.new_empty(E)
-
-
-def _route_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, _, _, _, ctx.scale, ctx.score, _, padding_mask, _ = inputs
-    ctx.save_for_backward(logits, output[0], padding_mask)
-    ctx.mark_non_differentiable(output[0], output[2])
-
-
-def _route_backward(ctx: Any, _: Any, grad_TK: Tensor, __: Any) -> tuple:
-    return _route_backward_op(grad_TK, *ctx.saved_tensors, ctx.scale, ctx.score), *[None] * 9
-
-
-_route = operator(
-    "moe",
-    "route(Tensor logits_TE, Tensor? bias_E, SymInt top_k, int num_groups, int group_top_k, float scale, str score, "
-    "Tensor? replay_ids_TK, Tensor? padding_mask_T, bool check_values) -> (Tensor, Tensor, Tensor)",
-    _route_fake,
-    _route_save,
-    _route_backward,
-)
-_route_backward_op = operator(
-    "moe",
-    "route_backward(Tensor grad_TK, Tensor logits_TE, Tensor ids_TK, Tensor? padding_mask_T, float scale, str score) "
-    "-> Tensor",
-    lambda grad, logits, *_: logits.new_empty(logits.shape),
-)
-
-
-def _permute_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.T, ctx.K = inputs[1].shape
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _permute_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    return _unpermute(grad, ctx.saved_tensors[0], ctx.T, ctx.K, None), None, None, None
-
-
-_permute = operator(
-    "moe",
-    "permute(Tensor x_TH, Tensor ids_TK, int num_experts, bool check_values) -> (Tensor, Tensor, Tensor)",
-    lambda x, ids, E, _: (x.new_empty((ids.numel(), x.shape[1])), ids.new_empty(ids.numel()), ids.new_empty(E)),
-    _permute_save,
-    _permute_backward,
-)
-
-
-def _unpermute_save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    y, row_map, _, ctx.K, weights = inputs
-    ctx.save_for_backward(None if weights is None else y, row_map, weights)
-
-
-def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple:
-    y, row_map, weights = ctx.saved_tensors
-    grad_y, grad_weights = _unpermute_backward_op(grad, y, row_map, ctx.K, weights)
-    return grad_y, None, None, None, None if weights is None else grad_weights
-
-
-_unpermute = operator(
-    "moe",
-    "unpermute(Tensor y_PH, Tensor row_map_P, SymInt num_tokens, SymInt top_k, Tensor? weights_TK) -> Tensor",
-    lambda y, row_map, T, K, weights: y.new_empty((T, y.shape[1])),
-    _unpermute_save,
-    _unpermute_backward,
-)
-_unpermute_backward_op = operator(
-    "moe",
-    "unpermute_backward(Tensor grad_TH, Tensor? y_PH, Tensor row_map_P, SymInt top_k, Tensor? weights_TK) "
-    "-> (Tensor, Tensor)",
-    lambda grad, y, row_map, K, weights: (
-        grad.new_empty((row_map.shape[0], grad.shape[1])),
-        grad.new_empty(0) if weights is None else weights.new_empty(weights.shape),
-    ),
-)
-
-
-def _gemm_save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gemm_backward(ctx: Any, grad: Tensor) -> tuple:
-    x, weight, counts = ctx.saved_tensors
-    want_x, want_weight, _ = ctx.needs_input_grad
-    return (
-        _grouped_gemm(grad, weight.transpose(1, 2), counts) if want_x else None,
-        _grouped_gemm_wgrad(x, grad, counts) if want_weight else None,
-        None,
-    )
-
-
-_grouped_gemm = operator(
-    "moe",
-    "grouped_gemm(Tensor x_PH, Tensor weight_EHF, Tensor tokens_per_expert_E) -> Tensor",
-    lambda x, weight, counts: x.new_empty((x.shape[0], weight.shape[2])),
-    _gemm_save,
-    _gemm_backward,
-)
-_grouped_gemm_wgrad = operator(
-    "moe",
-    "grouped_gemm_wgrad(Tensor x_PH, Tensor grad_PF, Tensor tokens_per_expert_E) -> Tensor",
-    lambda x, grad, counts: x.new_empty((counts.shape[0], x.shape[1], grad.shape[1])),
-)
-_grouped_gemm_wgrad_ = operator(
-    "moe",
-    "grouped_gemm_wgrad_(Tensor(a!) out_EHF, Tensor x_PH, Tensor grad_PF, Tensor tokens_per_expert_E) -> ()",
-    lambda *_: None,
-)
-
-
-def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple:
-    gate_up, weights = ctx.saved_tensors
-    grad_gate_up, grad_weights = _swiglu_backward_op(grad, gate_up, weights)
-    return grad_gate_up, None if weights is None else grad_weights
-
-
-_swiglu = operator(
-    "moe",
-    "swiglu(Tensor gate_up, Tensor? weights) -> Tensor",
-    lambda gate_up, weights: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
-    _gemm_save,
-    _swiglu_backward,
-)
-_swiglu_backward_op = operator(
-    "moe",
-    "swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> (Tensor, Tensor)",
-    lambda grad, gate_up, weights: (
-        gate_up.new_empty(gate_up.shape),
-        gate_up.new_empty(0) if weights is None else weights.new_empty(weights.shape),
-    ),
-)
-
-
-def _mlp_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _mlp_backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
-    weights = ctx.saved_tensors[4]
-    grad_x, grad_gate_up, grad_down, grad_weights = _moe_mlp_backward(grad, *ctx.saved_tensors)
-    return grad_x, None, grad_gate_up, grad_down, None if weights is None else grad_weights
-
-
-_moe_mlp = operator(
-    "moe",
-    "moe_mlp(Tensor x_PH, Tensor tokens_per_expert_E, Tensor gate_up_EHF, Tensor down_EFH, Tensor? weights_P) "
-    "-> (Tensor, Tensor)",
-    lambda x, counts, gate_up, down, weights: (x.new_empty(x.shape), x.new_empty((x.shape[0], gate_up.shape[2]))),
-    _mlp_save,
-    _mlp_backward,
-)
-_moe_mlp_backward = operator(
-    "moe",
-    "moe_mlp_backward(Tensor grad_PH, Tensor x_PH, Tensor tokens_per_expert_E, Tensor gate_up_EHF, Tensor down_EFH, "
-    "Tensor? weights_P, Tensor gate_up_PF) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, x, counts, gate_up, down, weights, _: (
-        x.new_empty(x.shape),
-        gate_up.new_empty(gate_up.shape),
-        down.new_empty(down.shape),
-        x.new_empty(0) if weights is None else weights.new_empty(weights.shape),
-    ),
-)
-
-
-def _layer_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, weights, gate_up, down, _ = inputs
-    ctx.save_for_backward(x, weights, gate_up, down, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _layer_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    grad_x, grad_weights, grad_gate_up, grad_down = _moe_layer_backward(grad, *ctx.saved_tensors)
-    return grad_x, None, grad_weights, grad_gate_up, grad_down, None
-
-
-_moe_layer = operator(
-    "moe",
-    "moe_layer(Tensor x_TH, Tensor ids_TK, Tensor weights_TK, Tensor gate_up_EHF, Tensor down_EFH, bool check_values) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, ids, weights, gate_up, down, _: (
-        x.new_empty(x.shape),
-        ids.new_empty(ids.numel()),
-        ids.new_empty(gate_up.shape[0]),
-        x.new_empty((ids.numel(), gate_up.shape[2])),
-    ),
-    _layer_save,
-    _layer_backward,
-)
-_moe_layer_backward = operator(
-    "moe",
-    "moe_layer_backward(Tensor grad_TH, Tensor x_TH, Tensor weights_TK, Tensor gate_up_EHF, Tensor down_EFH, "
-    "Tensor row_map_P, Tensor tokens_per_expert_E, Tensor gate_up_PF) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, x, weights, gate_up, down, *_: tuple(y.new_empty(y.shape) for y in (x, weights, gate_up, down)),
-)
 
 
 def route(
@@ -270,7 +67,7 @@ def route(
             and padding_mask_T.device == logits_TE.device),
         "padding_mask_T", padding_mask_T, f"a bool ({T},) tensor on {logits_TE.device}",
     )  # fmt: skip
-    return _route(
+    return operators.route(
         logits_TE, bias_E, top_k, num_groups, group_top_k, float(scale), score, replay_ids_TK, padding_mask_T,
         check_values,
     )  # fmt: skip
@@ -324,7 +121,7 @@ def permute(
         "ids_TK", ids_TK, f"an int64 ({x_TH.shape[0]}, K) tensor on {x_TH.device}",
     )  # fmt: skip
     require(num_experts >= 1, "num_experts", num_experts, "an integer >= 1")
-    return _permute(x_TH, ids_TK, num_experts, check_values)
+    return operators.permute(x_TH, ids_TK, num_experts, check_values)
 
 
 def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
@@ -345,7 +142,7 @@ def unpermute(y_PH: Tensor, row_map_P: Tensor, num_tokens: int, top_k: int, weig
         weights_TK is None or (weights_TK.shape == (num_tokens, top_k) and weights_TK.device == y_PH.device),
         "weights_TK", weights_TK, f"a ({num_tokens}, {top_k}) tensor on {y_PH.device}",
     )  # fmt: skip
-    return _unpermute(y_PH, row_map_P, num_tokens, top_k, weights_TK)
+    return operators.unpermute(y_PH, row_map_P, num_tokens, top_k, weights_TK)
 
 
 def _check_experts(name: str, weight: Tensor, counts: Tensor, width: int, x: Tensor) -> None:
@@ -369,7 +166,7 @@ def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) 
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
     _check_experts("weight_EHF", weight_EHF, tokens_per_expert_E, x_PH.shape[1], x_PH)
-    return _grouped_gemm(x_PH, weight_EHF, tokens_per_expert_E)
+    return operators.grouped_gemm(x_PH, weight_EHF, tokens_per_expert_E)
 
 
 def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor) -> None:
@@ -390,7 +187,7 @@ def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_p
         and out_EHF.device == tokens_per_expert_E.device == x_PH.device,
         "out_EHF", out_EHF, f"a contiguous floating {shape} tensor",
     )  # fmt: skip
-    _grouped_gemm_wgrad_(out_EHF, x_PH, grad_PF, tokens_per_expert_E)
+    operators.grouped_gemm_wgrad_(out_EHF, x_PH, grad_PF, tokens_per_expert_E)
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -407,7 +204,15 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
         weights is None or weights.shape == gate_up.shape[:-1],
         "weights", weights, f"a tensor of shape {tuple(gate_up.shape[:-1])}",
     )  # fmt: skip
-    return _swiglu(gate_up, weights)
+    return operators.swiglu(gate_up, weights)
+
+
+def _check_mlp(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    H = x.shape[-1]
+    _check_experts("gate_up_EHF", gate_up, counts, H, x)
+    require(gate_up.shape[2] % 2 == 0, "gate_up_EHF", gate_up, "an even last axis")
+    _check_experts("down_EFH", down, counts, gate_up.shape[2] // 2, x)
+    require(down.shape[2] == H, "down_EFH", down, f"a last axis of {H}")
 
 
 def moe_mlp(
@@ -416,23 +221,69 @@ def moe_mlp(
     gate_up_EHF: Tensor,
     down_EFH: Tensor,
     weights_P: Tensor | None = None,
+    main_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """All experts' MLPs at once: (silu(x gate) * (x up) * weights) down, for rows sorted by expert: y_PH.
 
     gate_up_EHF is (E, H, 2 F) with [gate | up] along the last axis, down_EFH (E, F, H), weights_P one number a row.
-    Differentiable in all four; only x and the first product are kept for the backward. Raises what grouped_gemm does.
+    Differentiable in all four; only x and the first product are kept for the backward. main_gradients are two
+    contiguous floating tensors, float32 say, of the weights' shapes: the backward adds the weights' gradients to them,
+    and what it returns for the weights holds nothing (Megatron's gradient accumulation fusion). Raises what
+    grouped_gemm does.
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
-    P, H = x_PH.shape
-    _check_experts("gate_up_EHF", gate_up_EHF, tokens_per_expert_E, H, x_PH)
-    require(gate_up_EHF.shape[2] % 2 == 0, "gate_up_EHF", gate_up_EHF, "an even last axis")
-    _check_experts("down_EFH", down_EFH, tokens_per_expert_E, gate_up_EHF.shape[2] // 2, x_PH)
-    require(down_EFH.shape[2] == H, "down_EFH", down_EFH, f"a last axis of {H}")
+    P = len(x_PH)
+    _check_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH)
     require(
         weights_P is None or (weights_P.shape == (P,) and weights_P.device == x_PH.device),
         "weights_P", weights_P, f"a ({P},) tensor on {x_PH.device}",
     )  # fmt: skip
-    return _moe_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P)[0]
+    main = _checked_main_gradients(main_gradients, gate_up_EHF, down_EFH)
+    return operators.moe_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, *main)[0]
+
+
+def _checked_main_gradients(main: tuple[Tensor, Tensor] | None, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    if main is None:
+        return None, None
+    require(len(main) == 2, "main_gradients", main, "two tensors")
+    for i, (gradient, weight) in enumerate(zip(main, weights)):
+        require(
+            gradient.shape == weight.shape and gradient.is_contiguous() and gradient.is_floating_point()
+            and gradient.device == weight.device,
+            f"main_gradients[{i}]", gradient, f"a contiguous floating {tuple(weight.shape)} tensor on {weight.device}",
+        )  # fmt: skip
+    return main
+
+
+def moe_mlp_masked(
+    x_EMH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_EM: Tensor | None = None,
+) -> Tensor:
+    """moe_mlp for rollout, where each expert has room for M rows and the first tokens_per_expert_E[e] are its own:
+    y_EMH, in which the other rows hold anything, and have no part in the result.
+
+    The layout in which low-latency dispatchers (DeepEP's) receive tokens: shapes do not depend on the routing, so that
+    a CUDA graph can hold it. In Triton a row has the bits that moe_mlp gives it. No gradient. Raises what grouped_gemm
+    does; on a CPU also for counts beyond M, which are otherwise taken for M.
+    """
+    require(x_EMH.dim() == 3 and x_EMH.is_floating_point(), "x_EMH", x_EMH, "a floating (E, M, H) tensor")
+    E, M, H = x_EMH.shape
+    x_PH = x_EMH.flatten(0, 1)
+    _check_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH)
+    require(len(gate_up_EHF) == E, "x_EMH", x_EMH, f"a ({len(gate_up_EHF)}, M, H) tensor")
+    require(
+        weights_EM is None or (weights_EM.shape == (E, M) and weights_EM.device == x_EMH.device),
+        "weights_EM", weights_EM, f"a ({E}, {M}) tensor on {x_EMH.device}",
+    )  # fmt: skip
+    if tokens_per_expert_E.device.type == "cpu":
+        counts = tokens_per_expert_E.tolist()
+        require(
+            all(0 <= count <= M for count in counts), "tokens_per_expert_E", counts, f"numbers from 0 to the {M} rows"
+        )
+    return operators.moe_mlp_masked(x_EMH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_EM)
 
 
 def moe_layer(
@@ -442,12 +293,13 @@ def moe_layer(
     gate_up_EHF: Tensor,
     down_EFH: Tensor,
     check_values: bool = False,
+    main_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The routed experts of one layer, all on this device: permute, moe_mlp, unpermute, as out_TH.
 
-    ids_TK and weights_TK are route's; the rest is as in moe_mlp. Kept for the backward are x_TH and the first product
-    (P, 2 F): the sorted rows of x are copied again, and the weights act before the second product, so that neither its
-    input nor its output is needed. Raises ValueError for wrong shapes, types or ids.
+    ids_TK and weights_TK are route's; the rest, main_gradients too, is as in moe_mlp. Kept for the backward are x_TH
+    and the first product (P, 2 F): the sorted rows of x are copied again, and the weights act before the second
+    product, so that neither its input nor its output is needed. Raises ValueError for wrong shapes, types or ids.
     """
     require(x_TH.dim() == 2 and x_TH.is_floating_point(), "x_TH", x_TH, "a floating (T, H) tensor")
     T, H = x_TH.shape
@@ -459,12 +311,9 @@ def moe_layer(
         weights_TK.shape == ids_TK.shape and weights_TK.device == x_TH.device,
         "weights_TK", weights_TK, f"a {tuple(ids_TK.shape)} tensor on {x_TH.device}",
     )  # fmt: skip
-    counts = ids_TK.new_empty(gate_up_EHF.shape[0])
-    _check_experts("gate_up_EHF", gate_up_EHF, counts, H, x_TH)
-    require(gate_up_EHF.shape[2] % 2 == 0, "gate_up_EHF", gate_up_EHF, "an even last axis")
-    _check_experts("down_EFH", down_EFH, counts, gate_up_EHF.shape[2] // 2, x_TH)
-    require(down_EFH.shape[2] == H, "down_EFH", down_EFH, f"a last axis of {H}")
-    return _moe_layer(x_TH, ids_TK, weights_TK, gate_up_EHF, down_EFH, check_values)[0]
+    _check_mlp(x_TH, ids_TK.new_empty(gate_up_EHF.shape[0]), gate_up_EHF, down_EFH)
+    main = _checked_main_gradients(main_gradients, gate_up_EHF, down_EFH)
+    return operators.moe_layer(x_TH, ids_TK, weights_TK, gate_up_EHF, down_EFH, check_values, *main)[0]
 
 
 __all__ = [
@@ -472,6 +321,7 @@ __all__ = [
     "grouped_gemm_wgrad_",
     "moe_layer",
     "moe_mlp",
+    "moe_mlp_masked",
     "permute",
     "route",
     "sequence_balance_loss",

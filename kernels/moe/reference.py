@@ -5,7 +5,8 @@ Letters: T tokens, H hidden, E experts, K experts a token, P = T K rows sorted b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,20 +55,34 @@ def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) 
 def grouped_gemm_wgrad(x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """x.T @ grad for every expert (E, H, F); exactly zero for an expert with no rows."""
     weight_EHF = x_PH.new_empty(len(tokens_per_expert_E), x_PH.shape[1], grad_PF.shape[1])
-    seen = [False] * len(weight_EHF)
-    for e, x, grad in _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF):
-        torch.mm(x.t(), grad, out=weight_EHF[e])
-        seen[e] = True
-    for e, was_seen in enumerate(seen):
-        if not was_seen:
-            weight_EHF[e].zero_()
+    _wgrad(weight_EHF, x_PH, grad_PF, tokens_per_expert_E, accumulate=False)
     return weight_EHF
 
 
 def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor) -> None:
     """Adds x.T @ grad of every expert to out."""
-    for e, x, grad in _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF):
-        out_EHF[e].addmm_(x.t().to(out_EHF.dtype), grad.to(out_EHF.dtype))
+    _wgrad(out_EHF, x_PH, grad_PF, tokens_per_expert_E, accumulate=True)
+
+
+def _wgrad(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor, accumulate: bool) -> None:
+    groups = _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF)
+    for e, x, grad in groups:
+        _weight_product(x, grad, out_EHF[e], accumulate)
+    if not accumulate:
+        _zero_others((group[0] for group in groups), out_EHF)
+
+
+def _weight_product(x: Tensor, grad: Tensor, out: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        out.addmm_(x.t().to(out.dtype), grad.to(out.dtype))
+    else:
+        torch.mm(x.t(), grad, out=out)
+
+
+def _zero_others(experts: Iterable[int], *gradients: Tensor) -> None:
+    for e in set(range(len(gradients[0]))).difference(experts):
+        for gradient in gradients:
+            gradient[e].zero_()
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
@@ -124,10 +139,10 @@ def _products(span: Span, a: Tensor, weights: tuple[Tensor, ...], out: Tensor) -
         torch.mm(rows, weights[e], out=into)
 
 
-def _weight_products(span: Span, a: Tensor, b: Tensor, out: tuple[Tensor, ...]) -> None:
-    """out[e] = a.T @ b, over each expert's rows."""
+def _weight_products(span: Span, a: Tensor, b: Tensor, out: tuple[Tensor, ...], accumulate: bool) -> None:
+    """out[e] = a.T @ b over each expert's rows, or that added to it."""
     for e, rows, others in zip(span.experts, a.split(span.sizes), b.split(span.sizes)):
-        torch.mm(rows.t(), others, out=out[e])
+        _weight_product(rows, others, out[e], accumulate)
 
 
 def _take(x: Tensor, token_P: Tensor | None, span: Span, buffer: Tensor) -> Tensor:
@@ -181,29 +196,28 @@ def _experts_backward(
     down_EFH: Tensor,
     weights_P: Tensor | None,
     gate_up_PF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d x_PH, d gate_up weight, d down weight, d weights_P or an empty tensor); grad's rows are found as x's are."""
+    grad_gate_up_EHF: Tensor,
+    grad_down_EFH: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d x_PH, d weights_P or an empty tensor); grad's rows are found as x's are."""
     if x.dtype != wide(x):
         grad_PH, x_PH = (y if token_P is None else y.index_select(0, token_P) for y in (grad, x))
         grad_middle_PF = grouped_gemm(grad_PH, down_EFH.transpose(1, 2), tokens_per_expert_E)
         middle_PF = swiglu(gate_up_PF, weights_P)
-        grad_down = grouped_gemm_wgrad(middle_PF, grad_PH, tokens_per_expert_E)
+        _wgrad(grad_down_EFH, middle_PF, grad_PH, tokens_per_expert_E, accumulate)
         grad_gate_up_PF, grad_weights_P = swiglu_backward(grad_middle_PF, gate_up_PF, weights_P)
-        grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
-        grad_x_PH = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
-        return grad_x_PH, grad_gate_up, grad_down, grad_weights_P
+        _wgrad(grad_gate_up_EHF, x_PH, grad_gate_up_PF, tokens_per_expert_E, accumulate)
+        return grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E), grad_weights_P
     (P, _), H, F = gate_up_PF.shape, x.shape[1], down_EFH.shape[1]
     grad = grad.contiguous()
     grad_x_PH, grad_weights_P1 = x.new_empty(P, H), x.new_empty(P, 1)
-    grad_gate_up, grad_down = (
-        torch.empty_like(y, memory_format=torch.contiguous_format) for y in (gate_up_EHF, down_EFH)
-    )
     weights_P1 = None if weights_P is None else weights_P.to(x.dtype)[:, None]
     parts = _spans(tokens_per_expert_E, P, (3 * H + 7 * F) * x.element_size())
     sorted_width = 0 if token_P is None else H
     buffers = _buffers(x, parts, sorted_width, sorted_width, F, F, F, 2 * F)
     first, second = gate_up_EHF.transpose(1, 2).unbind(), down_EFH.transpose(1, 2).unbind()
-    into_first, into_second = grad_gate_up.unbind(), grad_down.unbind()
+    into_first, into_second = grad_gate_up_EHF.unbind(), grad_down_EFH.unbind()
     for span in parts:
         grad_rows, x_rows = _take(grad, token_P, span, buffers[0]), _take(x, token_P, span, buffers[1])
         grad_middle, activation, middle, grad_first = (buffer[: len(x_rows)] for buffer in buffers[2:])
@@ -215,31 +229,59 @@ def _experts_backward(
             torch.sum(torch.mul(grad_middle, middle, out=grad_up), -1, True, out=grad_weights_P1[span.rows])
             middle.mul_(weights_P1[span.rows])
             grad_middle.mul_(weights_P1[span.rows])
-        _weight_products(span, middle, grad_rows, into_second)
+        _weight_products(span, middle, grad_rows, into_second, accumulate)
         torch.mul(grad_middle, activation, out=grad_up)
         _silu_backward(grad_middle.mul_(up), gate, grad_input=grad_gate)
-        _weight_products(span, x_rows, grad_first, into_first)
+        _weight_products(span, x_rows, grad_first, into_first, accumulate)
         _products(span, grad_first, first, grad_x_PH[span.rows])
-    for e in set(range(len(gate_up_EHF))).difference(*(span.experts for span in parts)):
-        grad_gate_up[e].zero_()
-        grad_down[e].zero_()
+    if not accumulate:
+        _zero_others((e for span in parts for e in span.experts), grad_gate_up_EHF, grad_down_EFH)
     if weights_P is None:
-        return grad_x_PH, grad_gate_up, grad_down, x.new_empty(0)
-    return grad_x_PH, grad_gate_up, grad_down, grad_weights_P1[:, 0].to(weights_P.dtype)
+        return grad_x_PH, x.new_empty(0)
+    return grad_x_PH, grad_weights_P1[:, 0].to(weights_P.dtype)
 
 
 def moe_mlp(
-    x_PH: Tensor, tokens_per_expert_E: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, weights_P: Tensor | None
+    x_PH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_P: Tensor | None,
+    *main_gradients: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """(y_PH, the first product). Main gradients are for the backward."""
     return _experts(x_PH, None, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P)
 
 
-def moe_mlp_backward(grad_PH: Tensor, x_PH: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moe_mlp_masked(
+    x_EMH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_EM: Tensor | None,
+) -> Tensor:
+    y_EMH = torch.empty_like(x_EMH, memory_format=torch.contiguous_format)
+    for e, count in enumerate(tokens_per_expert_E.tolist()):
+        if count > 0:
+            weights = None if weights_EM is None else weights_EM[e, :count]
+            middle = swiglu(x_EMH[e, :count] @ gate_up_EHF[e], weights)
+            torch.mm(middle, down_EFH[e], out=y_EMH[e, :count])
+    return y_EMH
+
+
+def moe_mlp_backward(grad_PH: Tensor, x_PH: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(d x, d weights_P or an empty tensor); writes the weights' gradients, or adds them if told to accumulate."""
     return _experts_backward(grad_PH, x_PH, None, *rest)
 
 
 def moe_layer(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, check_values: bool
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    check_values: bool,
+    *main_gradients: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out_TH, then what the backward needs: the row map, tokens per expert, the first product)."""
     T, K = ids_TK.shape
@@ -258,23 +300,20 @@ def moe_layer_backward(
     row_map_P: Tensor,
     tokens_per_expert_E: Tensor,
     gate_up_PF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d x, d weights_TK, d gate_up weight, d down weight)."""
+    grad_gate_up_EHF: Tensor,
+    grad_down_EFH: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d x, d weights_TK); the weights' gradients as in moe_mlp_backward."""
     T, K = weights_TK.shape
     weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
-    grad_x_PH, grad_gate_up, grad_down, grad_weights_P = _experts_backward(
-        grad_TH,
-        x_TH,
-        token_of(row_map_P, weights_TK),
-        tokens_per_expert_E,
-        gate_up_EHF,
-        down_EFH,
-        weights_P,
-        gate_up_PF,
-    )
+    grad_x_PH, grad_weights_P = _experts_backward(
+        grad_TH, x_TH, token_of(row_map_P, weights_TK), tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P,
+        gate_up_PF, grad_gate_up_EHF, grad_down_EFH, accumulate,
+    )  # fmt: skip
     grad_weights = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
     grad_weights.view(-1).index_copy_(0, row_map_P, grad_weights_P)
-    return unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights, grad_gate_up, grad_down
+    return unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights
 
 
 __all__ = [
@@ -288,6 +327,7 @@ __all__ = [
     "moe_layer_backward",
     "moe_mlp",
     "moe_mlp_backward",
+    "moe_mlp_masked",
     "permute",
     "route",
     "route_backward",

@@ -160,24 +160,32 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.element_size() == 2 else "tf32x3"
 
 
-def _plan(tokens_per_expert_E: Tensor, P: int, block: int) -> tuple[Tensor, Tensor]:
-    if tokens_per_expert_E.device.type == "cpu":
+def _plan(tokens_per_expert_E: Tensor, P: int, block: int, room: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each expert's rows begin and end, and its last tile. With room for that many, experts do not follow one
+    another."""
+    if tokens_per_expert_E.device.type == "cpu" and room is None:
         reference.checked_counts(tokens_per_expert_E, P)
-    E = len(tokens_per_expert_E)
-    ends, tile_ends = torch.empty(2, E, dtype=torch.int32, device=tokens_per_expert_E.device).unbind()
-    gemm.plan_kernel[(1,)](tokens_per_expert_E.contiguous(), ends, tile_ends, E, P, BLOCK_M=block, E_2=power_of_2(E))
-    return ends, tile_ends
+    E, counts = len(tokens_per_expert_E), tokens_per_expert_E.contiguous()
+    begins, ends, tile_ends = torch.empty(3, E, dtype=torch.int32, device=counts.device).unbind()
+    gemm.plan_kernel[(1,)](
+        counts, begins, ends, tile_ends, E, P, room or 0, MASKED=room is not None, BLOCK_M=block, E_2=power_of_2(E)
+    )
+    return begins, ends, tile_ends
 
 
 def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     if wide(x_PH) == torch.float64:
         return reference.grouped_gemm(x_PH, weight_EHF, tokens_per_expert_E)
+    return _grouped_gemm(x_PH, weight_EHF, tokens_per_expert_E)
+
+
+def _grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor, room: int | None = None) -> Tensor:
     (P, K), (E, _, N) = x_PH.shape, weight_EHF.shape
     out = x_PH.new_empty(P, N)
     if out.numel() == 0 or K == 0:
         return out.zero_()
     tile = _tile(x_PH)
-    ends, tile_ends = _plan(tokens_per_expert_E, P, tile["BLOCK_M"])
+    begins, ends, tile_ends = _plan(tokens_per_expert_E, P, tile["BLOCK_M"], room)
     transposed = weight_EHF.stride(2) != 1 and weight_EHF.stride(1) == 1
     if transposed:
         weight = descriptor(weight_EHF.transpose(1, 2), [1, tile["BLOCK_N"], tile["BLOCK_K"]])
@@ -186,8 +194,8 @@ def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) 
     # Of E groups each may end in a tile that is not full.
     tiles = (P + min(E, P) * (tile["BLOCK_M"] - 1)) // tile["BLOCK_M"]
     gemm.grouped_gemm_kernel[(tiles * triton.cdiv(N, tile["BLOCK_N"]),)](
-        descriptor(x_PH, [tile["BLOCK_M"], tile["BLOCK_K"]]), weight, out, out.stride(0), ends, tile_ends, E, N, K,
-        TRANSPOSED=transposed, PRECISION=_precision(x_PH), E_2=power_of_2(E), **tile,
+        descriptor(x_PH, [tile["BLOCK_M"], tile["BLOCK_K"]]), weight, out, out.stride(0), begins, ends, tile_ends, E, N,
+        K, TRANSPOSED=transposed, PRECISION=_precision(x_PH), E_2=power_of_2(E), **tile,
     )  # fmt: skip
     return out
 
@@ -215,11 +223,11 @@ def _wgrad(out: Tensor, x: Tensor, grad: Tensor, tokens_per_expert_E: Tensor, ac
         out.zero_() if not accumulate else None
         return
     tile = _tile(x)
-    ends, _ = _plan(tokens_per_expert_E, len(x), tile["BLOCK_M"])
+    begins, ends, _ = _plan(tokens_per_expert_E, len(x), tile["BLOCK_M"])
     x, grad = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, grad))
     gemm.grouped_wgrad_kernel[(E * triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)](
         descriptor(x, [tile["BLOCK_K"], tile["BLOCK_M"]]), descriptor(grad, [tile["BLOCK_K"], tile["BLOCK_N"]]),
-        x, x.stride(0), grad, grad.stride(0), out, ends, M, N,
+        x, x.stride(0), grad, grad.stride(0), out, begins, ends, M, N,
         ACCUMULATE=accumulate, PRECISION=_precision(x), **tile,
     )  # fmt: skip
 
@@ -232,13 +240,17 @@ def _rows_of(x: Tensor) -> Tensor:
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     if wide(gate_up) == torch.float64:
         return reference.swiglu(gate_up, weights)
+    return _swiglu(gate_up, weights)
+
+
+def _swiglu(gate_up: Tensor, weights: Tensor | None, counts_E: Tensor | None = None, room: int = 1) -> Tensor:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
     if out.numel():
         x = _rows_of(gate_up)
         gemm.swiglu_kernel[(len(x), triton.cdiv(F, _columns(F)))](
-            x, x.stride(0), x if weights is None else weights.contiguous(), out, F,
-            WEIGHTED=weights is not None, BLOCK=_columns(F),
+            x, x.stride(0), x if weights is None else weights.contiguous(), out, x if counts_E is None else counts_E,
+            room, F, WEIGHTED=weights is not None, MASKED=counts_E is not None, BLOCK=_columns(F),
         )  # fmt: skip
     return out
 
@@ -268,10 +280,30 @@ def _swiglu_backward(
 
 
 def moe_mlp(
-    x_PH: Tensor, tokens_per_expert_E: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, weights_P: Tensor | None
+    x_PH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_P: Tensor | None,
+    *main_gradients: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gate_up_PF = grouped_gemm(x_PH, gate_up_EHF, tokens_per_expert_E)
     return grouped_gemm(swiglu(gate_up_PF, weights_P), down_EFH, tokens_per_expert_E), gate_up_PF
+
+
+def moe_mlp_masked(
+    x_EMH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_EM: Tensor | None,
+) -> Tensor:
+    if wide(x_EMH) == torch.float64:
+        return reference.moe_mlp_masked(x_EMH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_EM)
+    counts, room = tokens_per_expert_E.contiguous(), x_EMH.shape[1]
+    gate_up_PF = _grouped_gemm(x_EMH.flatten(0, 1), gate_up_EHF, counts, room)
+    middle_PF = _swiglu(gate_up_PF, None if weights_EM is None else weights_EM.flatten(), counts, room)
+    return _grouped_gemm(middle_PF, down_EFH, counts, room).view(x_EMH.shape)
 
 
 def moe_mlp_backward(
@@ -282,22 +314,31 @@ def moe_mlp_backward(
     down_EFH: Tensor,
     weights_P: Tensor | None,
     gate_up_PF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_gate_up_EHF: Tensor,
+    grad_down_EFH: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
     """As in reference.py; one pass makes the middle again together with its gradients."""
-    if wide(x_PH) == torch.float64:
+    if torch.float64 in (wide(x_PH), wide(grad_gate_up_EHF)):
         return reference.moe_mlp_backward(
-            grad_PH, x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, gate_up_PF
-        )
+            grad_PH, x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, gate_up_PF, grad_gate_up_EHF,
+            grad_down_EFH, accumulate,
+        )  # fmt: skip
     grad_middle_PF = grouped_gemm(grad_PH, down_EFH.transpose(1, 2), tokens_per_expert_E)
     grad_gate_up_PF, grad_weights, middle_PF = _swiglu_backward(grad_middle_PF, gate_up_PF, weights_P, again=True)
-    grad_down = grouped_gemm_wgrad(middle_PF, grad_PH, tokens_per_expert_E)
-    grad_gate_up = grouped_gemm_wgrad(x_PH, grad_gate_up_PF, tokens_per_expert_E)
-    grad_x = grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E)
-    return grad_x, grad_gate_up, grad_down, grad_weights
+    _wgrad(grad_down_EFH, middle_PF, grad_PH, tokens_per_expert_E, accumulate)
+    _wgrad(grad_gate_up_EHF, x_PH, grad_gate_up_PF, tokens_per_expert_E, accumulate)
+    return grouped_gemm(grad_gate_up_PF, gate_up_EHF.transpose(1, 2), tokens_per_expert_E), grad_weights
 
 
 def moe_layer(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHF: Tensor, down_EFH: Tensor, check_values: bool
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    check_values: bool,
+    *main_gradients: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, K = ids_TK.shape
     x_PH, row_map_P, counts_E = permute(x_TH, ids_TK, len(gate_up_EHF), check_values)
@@ -315,15 +356,18 @@ def moe_layer_backward(
     row_map_P: Tensor,
     tokens_per_expert_E: Tensor,
     gate_up_PF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_gate_up_EHF: Tensor,
+    grad_down_EFH: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
     """As in reference.py. The sorted rows of x are copied again, not kept."""
     T, K = weights_TK.shape
     weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
     token_P = row_map_P.div(K, rounding_mode="floor")
-    grad_x_PH, grad_gate_up, grad_down, grad_weights_P = moe_mlp_backward(
+    grad_x_PH, grad_weights_P = moe_mlp_backward(
         grad_TH.index_select(0, token_P), x_TH.index_select(0, token_P), tokens_per_expert_E, gate_up_EHF, down_EFH,
-        weights_P, gate_up_PF,
+        weights_P, gate_up_PF, grad_gate_up_EHF, grad_down_EFH, accumulate,
     )  # fmt: skip
     grad_weights = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
     grad_weights.view(-1).index_copy_(0, row_map_P, grad_weights_P)
-    return unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights, grad_gate_up, grad_down
+    return unpermute(grad_x_PH, row_map_P, T, K, None), grad_weights

@@ -10,21 +10,29 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["P"])
-def plan_kernel(counts_ptr, ends_ptr, tile_ends_ptr, E, P, BLOCK_M: tl.constexpr, E_2: tl.constexpr):
-    """Running sums over the experts: of rows, and of tiles of BLOCK_M rows. Never beyond the P rows that there are."""
+@triton.jit(do_not_specialize=["P", "room"])
+def plan_kernel(
+    counts_ptr, begins_ptr, ends_ptr, tile_ends_ptr, E, P, room,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, E_2: tl.constexpr,
+):  # fmt: skip
+    """Where each expert's rows begin and end, and a running sum of its tiles of BLOCK_M rows. Rows follow one another
+    and are never beyond the P that there are; MASKED, each expert has `room` for its own."""
     e = tl.arange(0, E_2)
     counts = tl.maximum(tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32), 0)
-    sums = tl.cumsum(counts, 0)
-    ends = tl.minimum(sums, P)
-    counts = ends - tl.minimum(sums - counts, P)
+    if MASKED:
+        begins = e * room
+        ends = begins + tl.minimum(counts, room)
+    else:
+        sums = tl.cumsum(counts, 0)
+        begins, ends = tl.minimum(sums - counts, P), tl.minimum(sums, P)
+    tl.store(begins_ptr + e, begins, mask=e < E)
     tl.store(ends_ptr + e, ends, mask=e < E)
-    tl.store(tile_ends_ptr + e, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0), mask=e < E)
+    tl.store(tile_ends_ptr + e, tl.cumsum((ends - begins + BLOCK_M - 1) // BLOCK_M, 0), mask=e < E)
 
 
 @triton.jit
 def grouped_gemm_kernel(
-    x, weight, out_ptr, out_stride, ends_ptr, tile_ends_ptr, E, N, K,
+    x, weight, out_ptr, out_stride, begins_ptr, ends_ptr, tile_ends_ptr, E, N, K,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, E_2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +44,7 @@ def grouped_gemm_kernel(
     expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
     if expert < E:
         first_tile = tl.load(tile_ends_ptr + expert - 1, mask=expert > 0, other=0)
-        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        begin = tl.load(begins_ptr + expert)
         end = tl.load(ends_ptr + expert)
         row = begin + (tile - first_tile) * BLOCK_M
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -57,7 +65,7 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def grouped_wgrad_kernel(
-    x, grad, x_ptr, x_stride, grad_ptr, grad_stride, out_ptr, ends_ptr, M, N,
+    x, grad, x_ptr, x_stride, grad_ptr, grad_stride, out_ptr, begins_ptr, ends_ptr, M, N,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +74,7 @@ def grouped_wgrad_kernel(
     expert = tl.program_id(0) // (row_tiles * column_tiles)
     tile = tl.program_id(0) % (row_tiles * column_tiles)
     row, column = tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
-    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    begin = tl.load(begins_ptr + expert)
     end = tl.load(ends_ptr + expert)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     where = out_ptr + (expert.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
@@ -90,8 +98,15 @@ def grouped_wgrad_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up_ptr, stride, weights_ptr, out_ptr, F, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(
+    gate_up_ptr, stride, weights_ptr, out_ptr, counts_ptr, room, F,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """MASKED, an expert's rows beyond its count are left alone; each has `room` for its own."""
     row = tl.program_id(0).to(tl.int64)
+    if MASKED:
+        if row % room >= tl.load(counts_ptr + row // room):
+            return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
     gate = tl.load(gate_up_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
-from r1.kernels import grouped_gemm, moe_mlp, permute, route, swiglu, unpermute
+from r1.kernels import grouped_gemm, moe_layer, moe_mlp, moe_mlp_masked, permute, route, swiglu, unpermute
 from tests.kernels.helpers import check_operator, leaf
 
 F64 = torch.float64
@@ -159,6 +159,33 @@ def test_layer_against_transformers(seed: int) -> None:
     torch.testing.assert_close(
         unpermute(moe_mlp(rows, counts, gate_up, down), row_map, T, K, weights), want, atol=2e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_main_gradients_and_masked_rows(seed: int, dtype: torch.dtype) -> None:
+    """Main gradients against the ones that autograd returns; rows with room to spare against sorted ones."""
+    T, H, E, K, F = 21, 12, 6, 2, 8
+    x, gate_up, down = (leaf(*s).detach().to(dtype).requires_grad_() for s in ((T, H), (E, H, 2 * F), (E, F, H)))
+    ids, weights = torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)]), leaf(T, K)
+    leaves, up = (x, weights, gate_up, down), torch.randn(T, H, dtype=dtype)
+    want = torch.autograd.grad(moe_layer(x, ids, weights, gate_up, down), leaves, up)
+    before = [torch.randn(y.shape, dtype=F64 if dtype == F64 else torch.float32) for y in (gate_up, down)]
+    main = tuple(y.clone() for y in before)
+    out = moe_layer(x, ids, weights, gate_up, down, main_gradients=main)
+    got = torch.autograd.grad(out, leaves, up)
+    torch.testing.assert_close(got[:2], want[:2])
+    for a, b, c in zip(main, before, want[2:]):
+        torch.testing.assert_close(
+            (a - b).to(dtype), c, **({} if dtype != torch.float32 else {"atol": 1e-5, "rtol": 1e-4})
+        )
+        assert torch.equal(a[E - 1], b[E - 1])  # an expert without rows
+    with pytest.raises(NotImplementedError, match="gradient has no gradient"):
+        torch.autograd.grad(moe_layer(x, ids, weights, gate_up, down), leaves, up, create_graph=True)
+    rows, _, counts = permute(x.detach(), ids, E)
+    room = torch.full((E, int(counts.max()) + 3, H), torch.nan, dtype=dtype)
+    own = torch.arange(room.shape[1]) < counts[:, None]
+    room[own] = rows
+    torch.testing.assert_close(moe_mlp_masked(room, counts, gate_up, down)[own], moe_mlp(rows, counts, gate_up, down))
 
 
 def test_library_checks_and_compile(seed: int) -> None:

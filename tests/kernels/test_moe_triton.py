@@ -15,6 +15,7 @@ from r1.kernels import (
     grouped_gemm_wgrad_,
     moe_layer,
     moe_mlp,
+    moe_mlp_masked,
     permute,
     route,
     swiglu,
@@ -281,6 +282,53 @@ def test_moe_layer_and_moe_mlp(device: str, dtype: torch.dtype) -> None:
             same_as_plain(a, b, c, name)
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_weight_gradients_are_added_to_main_gradients(device: str, dtype: torch.dtype) -> None:
+    x, ids, weights, gate_up, down = layer_problem(device, 90, dtype)
+    leaves = [y.requires_grad_() for y in (x, weights, gate_up, down)]
+    rows, row_map, counts = permute(x.detach(), ids, len(gate_up))
+    up = torch.randn(90, 40, device=device).to(dtype)
+    up_rows = up.repeat_interleave(2, 0)
+    for layer in (True, False):
+
+        def call(main: tuple[Tensor, Tensor] | None, layer: bool = layer) -> list[Tensor]:
+            if layer:
+                out = moe_layer(x, ids, weights, gate_up, down, main_gradients=main)
+                return list(torch.autograd.grad(out, leaves, up))
+            out = moe_mlp(rows, counts, gate_up, down, main_gradients=main)
+            return [*up.new_empty(2, 0), *torch.autograd.grad(out, leaves[2:], up_rows)]
+
+        want = call(None)
+        before = [torch.randn(y.shape, device=device) for y in (gate_up, down)]
+        main = [y.clone() for y in before]
+        for calls in (1, 2):
+            got = call((main[0], main[1]))
+            assert all(torch.equal(a, b) for a, b in zip(got[:2], want))
+            for a, b, c in zip(main, before, want[2:]):
+                # The sum is rounded to float32 alone, its product not even to the weights' type.
+                room = 2.0**-8 if dtype == HALF else 1e-5
+                torch.testing.assert_close(a - b, calls * c.float(), rtol=room, atol=room * c.abs().max().item())
+    with pytest.raises(ValueError, match=r"main_gradients\[1\] is a .* wanted a contiguous floating \(5, 24, 40\)"):
+        moe_layer(x, ids, weights, gate_up, down, main_gradients=(main[0], main[0]))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 8, 1], [0, 0, 0, 0], [130, 128, 0, 200]], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, torch.float32, F64], ids=str)
+def test_moe_mlp_masked(device: str, counts: list[int], dtype: torch.dtype) -> None:
+    """The bits of moe_mlp, whatever lies in the rows that are nobody's."""
+    E, M, H, F = 4, max(8, *counts), 40, 24
+    x, gate_up, down = (leaf(*s).detach().to(dtype).to(device) for s in ((E, M, H), (E, H, 2 * F), (E, F, H)))
+    weights, n = torch.rand(E, M, device=device), torch.tensor(counts, device=device)
+    own = torch.arange(M, device=device) < n[:, None]
+    x[~own] = torch.nan
+    for w in (None, weights):
+        got = moe_mlp_masked(x, n, gate_up, down, w)
+        assert torch.equal(got[own], moe_mlp(x[own], n, gate_up, down, None if w is None else w[own]))
+    if device == "cpu":
+        with pytest.raises(ValueError, match=rf"tokens_per_expert_E is \[.*wanted numbers from 0 to the {M} rows"):
+            moe_mlp_masked(x, n + M + 1, gate_up, down)
+
+
 def test_a_token_has_the_same_bits_in_every_batch_and_order(device: str) -> None:
     x, ids, weights, gate_up, down = layer_problem(device, 200, HALF)
     whole = moe_layer(x, ids, weights, gate_up, down)
@@ -319,6 +367,9 @@ def test_library_checks_and_compile(device: str) -> None:
     rows, row_map, counts = permute(x.detach(), ids, 5)
     rows = rows.t().contiguous().t().requires_grad_()  # a column after the other
     check_operator(lambda x: moe_mlp(x, counts, gate_up, down), rows)
+    full = torch.full_like(counts, 6)  # rows that are nobody's differ from call to call
+    masked = (x.detach()[None].repeat(5, 1, 1), full, gate_up.detach(), down.detach(), None)
+    torch.library.opcheck(torch.ops.r1.moe_mlp_masked.default, masked)
     check_operator(lambda x: swiglu(x), rows)
     check_operator(lambda x: unpermute(x, row_map, *ids.shape), rows)
     check_operator(lambda x: route(x, bias, 2, 4, 2, 1.0, replay_ids_TK=ids.t().contiguous().t())[1], logits)
@@ -349,6 +400,7 @@ def v3_launches() -> None:
         moe.grouped_gemm(x, down.transpose(1, 2), counts)
         moe.grouped_gemm_wgrad(x, middle, counts)
         moe.grouped_gemm_wgrad_(torch.empty(8, H, 2 * F), x, middle, counts)
+        moe.moe_mlp_masked(x.view(8, -1, H), counts, gate_up, down, None)
     for w in (None, torch.zeros(T * K)):
         x = torch.empty(T * K, 2 * F, dtype=HALF)
         moe.swiglu(x, w)

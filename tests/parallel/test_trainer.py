@@ -12,6 +12,7 @@ import torch
 from r1.parallel.checkpoint import copy_weights
 from r1.parallel.config import ParallelConfig
 from r1.parallel.loss import PolicyLoss, SupervisedLoss, TokenLogprobs
+from r1.parallel.moe import Experts
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import join
 from tests.parallel.tiny import (
@@ -42,6 +43,25 @@ def problem() -> Problem:
 
 def _trainer(model: str = "deepseek", **adam: Any) -> Trainer:
     return Trainer(MODELS[model], ONE, join(ONE), seed=7, adam=AdamConfig(**adam))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_experts_add_to_the_main_gradients(overlap: bool, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward, micro-batch by micro-batch, what Megatron's hooks would add after it."""
+    parallel = ParallelConfig(overlap_grad_reduce=overlap)
+
+    def gradients() -> list[torch.Tensor]:
+        trainer = Trainer(MODELS["deepseek"], parallel, join(parallel), seed=7, adam=AdamConfig(clip_grad=0.0))
+        trainer.train_step(problem.batches(), SupervisedLoss(VOCABULARY), 0.0)
+        experts = [m for m in trainer.chunks[0].modules() if isinstance(m, Experts)]
+        added = {p.grad_added_to_main_grad for m in experts for p in (m.gate_up, m.down)}
+        assert added == {bool(experts[0].main_gradients())}
+        return [p.main_grad.clone() for p in trainer.chunks[0].parameters()]
+
+    own = gradients()
+    monkeypatch.setattr(Experts, "main_gradients", lambda self: None)
+    for a, b in zip(own, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
