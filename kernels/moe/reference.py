@@ -106,7 +106,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
     grad_gate_up = torch.empty_like(gate_up, dtype=dtype, memory_format=torch.contiguous_format)
     grad_gate, grad_up = grad_gate_up.chunk(2, -1)
     torch.mul(grad, activation, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    _silu_backward(grad * up, gate, grad_input=grad_gate)
     return grad_gate_up.to(gate_up.dtype), grad_weights
 
 
@@ -135,13 +135,13 @@ def _spans(tokens_per_expert_E: Tensor, P: int, row_bytes: int) -> list[Span]:
 
 def _products(span: Span, a: Tensor, weights: tuple[Tensor, ...], out: Tensor) -> None:
     """out = a @ weights[e], for each expert's rows."""
-    for e, rows, into in zip(span.experts, a.split(span.sizes), out.split(span.sizes)):
+    for e, rows, into in zip(span.experts, a.split_with_sizes(span.sizes), out.split_with_sizes(span.sizes)):
         torch.mm(rows, weights[e], out=into)
 
 
 def _weight_products(span: Span, a: Tensor, b: Tensor, out: tuple[Tensor, ...], accumulate: bool) -> None:
     """out[e] = a.T @ b over each expert's rows, or that added to it."""
-    for e, rows, others in zip(span.experts, a.split(span.sizes), b.split(span.sizes)):
+    for e, rows, others in zip(span.experts, a.split_with_sizes(span.sizes), b.split_with_sizes(span.sizes)):
         _weight_product(rows, others, out[e], accumulate)
 
 
