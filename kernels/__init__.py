@@ -9,6 +9,7 @@ from r1.kernels.fp8 import (
     fp8_linear,
     quantize_1x128,
     quantize_128x128,
+    quantize_both,
 )
 from r1.kernels.grpo import (
     aggregation_weights,
@@ -61,6 +62,7 @@ __all__ = [
     "moe_mlp_masked",
     "permute",
     "quantize_128x128",
+    "quantize_both",
     "quantize_1x128",
     "rms_norm",
     "rope_tables",

@@ -16,6 +16,7 @@ from r1.kernels.backend import operator, register, require
 from r1.kernels.fp8 import reference
 
 register("fp8", "torch", reference, proven_on=("cpu", "cuda"))
+register("fp8", "triton", "r1.kernels.fp8.triton", proven_on=())
 
 BLOCK = reference.BLOCK
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
@@ -26,11 +27,15 @@ def _up(n: Any) -> Any:
     return (n + BLOCK - 1) // BLOCK
 
 
+def _row_scales(x: Tensor, M: Any, K: Any) -> Tensor:
+    return x.new_empty((_up(K), M), dtype=torch.float32).t()
+
+
 def _quantize_fake(rows: int) -> Any:
     def fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
         M, K = x.shape
-        scales = (M if rows == 1 else _up(M), _up(K))
-        return x.new_empty((M, K), dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
+        scales = _row_scales(x, M, K) if rows == 1 else x.new_empty((_up(M), _up(K)), dtype=torch.float32)
+        return x.new_empty((M, K), dtype=E4M3), scales
 
     return fake
 
@@ -40,6 +45,11 @@ _quantize_1x128 = operator(
 )
 _quantize_128x128 = operator(
     "fp8", "quantize_128x128(Tensor w_NK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(BLOCK)
+)
+_quantize_both = operator(
+    "fp8",
+    "quantize_both(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda x, power_of_two: (*_quantize_fake(1)(x, power_of_two), *_quantize_fake(1)(x.t(), power_of_two)),
 )
 _dequantize = operator(
     "fp8",
@@ -74,7 +84,7 @@ def _linear_fake(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, ...]:
     (M, K), N = x.shape, weight.shape[0]
     q = lambda *shape: x.new_empty(shape, dtype=E4M3)
     s = lambda *shape: x.new_empty(shape, dtype=torch.float32)
-    kept = (q(K, M), s(K, _up(M)), q(N, K), s(_up(N), _up(K))) if keep else (q(0, 0), s(0, 0), q(0, 0), s(0, 0))
+    kept = (q(K, M), _row_scales(x, K, M), q(N, K), s(_up(N), _up(K))) if keep else (q(0, 0), s(0, 0), q(0, 0), s(0, 0))
     return x.new_empty((M, N)), *kept
 
 
@@ -88,11 +98,12 @@ def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     x_q_KM, x_s, w_q_NK, w_s = ctx.saved_tensors
     x_dtype, weight_dtype = ctx.dtypes
     grad_x = grad_weight = None
+    g_q, g_s, g_q_NM, g_s_NM = _quantize_both(grad, False)
     if ctx.needs_input_grad[0]:
         # A 128 x 128 block transposed is a block: the weight's values and scales serve both products.
-        grad_x = _fp8_gemm(*_quantize_1x128(grad, False), w_q_NK.t().contiguous(), w_s.t().contiguous(), x_dtype)
+        grad_x = _fp8_gemm(g_q, g_s, w_q_NK.t().contiguous(), w_s.t().contiguous(), x_dtype)
     if ctx.needs_input_grad[1]:
-        grad_weight = _fp8_gemm_wgrad(*_quantize_1x128(grad.t().contiguous(), False), x_q_KM, x_s, weight_dtype)
+        grad_weight = _fp8_gemm_wgrad(g_q_NM, g_s_NM, x_q_KM, x_s, weight_dtype)
     return grad_x, grad_weight, None
 
 
@@ -112,7 +123,8 @@ def _check_source(name: str, x: Tensor) -> None:
 def quantize_1x128(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """(q e4m3 (M, K), scales float32 (M, ceil(K / 128))), one scale for 128 neighbours of a row: x ~ q * scale.
 
-    power_of_two rounds the scales up to powers of two. Raises ValueError if x is not a floating matrix.
+    The scales lie column by column, as the products read them; those take them in any order. power_of_two rounds them
+    up to powers of two. Raises ValueError if x is not a floating matrix.
     """
     _check_source("x_MK", x_MK)
     return _quantize_1x128(x_MK.detach(), power_of_two)
@@ -122,6 +134,15 @@ def quantize_128x128(w_NK: Tensor, power_of_two: bool = False) -> tuple[Tensor, 
     """(q e4m3 (N, K), scales float32 (ceil(N / 128), ceil(K / 128))), one scale for a square block. Else as above."""
     _check_source("w_NK", w_NK)
     return _quantize_128x128(w_NK.detach(), power_of_two)
+
+
+def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """quantize_1x128 of x and of its transpose, from one read: (q (M, K), scales, q (K, M), scales (K, ceil(M / 128))).
+
+    The first pair is what the forward and dx multiply, the second what a weight gradient does. Else as above.
+    """
+    _check_source("x_MK", x_MK)
+    return _quantize_both(x_MK.detach(), power_of_two)
 
 
 def dequantize(
@@ -230,4 +251,5 @@ __all__ = [
     "fp8_linear",
     "quantize_1x128",
     "quantize_128x128",
+    "quantize_both",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r1.kernels.moe.reference import checked_counts
+
 BLOCK = 128
 LARGEST = 448.0  # of e4m3
 
@@ -43,11 +45,16 @@ def _quantize(x_MK: Tensor, rows: int, columns: int, power_of_two: bool) -> tupl
 
 
 def quantize_1x128(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _quantize(x_MK, 1, BLOCK, power_of_two)
+    q, scales = _quantize(x_MK, 1, BLOCK, power_of_two)
+    return q, scales.t().contiguous().t()
 
 
 def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     return _quantize(w_NK, BLOCK, BLOCK, power_of_two)
+
+
+def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *quantize_1x128(x_MK, power_of_two), *quantize_1x128(x_MK.t(), power_of_two)
 
 
 def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -71,18 +78,11 @@ def fp8_gemm_wgrad(a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out
     return (a @ dequantize(b_q_KM, b_s, 1, BLOCK, a.dtype).t()).to(out_dtype)
 
 
-def _counts(tokens_per_expert_E: Tensor, P: int) -> list[int]:
-    counts = tokens_per_expert_E.tolist()
-    if sum(counts) != P or min(counts, default=0) < 0:
-        raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers >= 0 whose sum is the {P} rows")
-    return counts
-
-
 def fp8_grouped_gemm(
     a_q_PK: Tensor, a_s: Tensor, b_q_ENK: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     a = dequantize(a_q_PK, a_s, 1, BLOCK, _wide(out_dtype))
-    parts = a.split(_counts(tokens_per_expert_E, len(a)))
+    parts = a.split(checked_counts(tokens_per_expert_E, len(a)))
     out = [rows @ dequantize(b_q_ENK[e], b_s[e], BLOCK, BLOCK, a.dtype).t() for e, rows in enumerate(parts)]
     return torch.cat(out or [a.new_empty(0, b_q_ENK.shape[1])]).to(out_dtype)
 
@@ -92,7 +92,7 @@ def fp8_grouped_gemm_wgrad(
 ) -> Tensor:
     a = dequantize(a_q_NP, a_s, 1, BLOCK, _wide(out_dtype))
     b = dequantize(b_q_KP, b_s, 1, BLOCK, a.dtype)
-    counts = _counts(tokens_per_expert_E, a.shape[1])
+    counts = checked_counts(tokens_per_expert_E, a.shape[1])
     out = [x @ y.t() for x, y in zip(a.split(counts, 1), b.split(counts, 1))]
     return torch.stack(out).to(out_dtype) if out else a.new_empty(0, len(a), len(b), dtype=out_dtype)
 

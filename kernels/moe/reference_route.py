@@ -66,7 +66,8 @@ def check_route_values(logits_TE: Tensor, replay_ids_TK: Tensor | None, check_va
 def _best(x_TE: Tensor, count: int) -> Tensor:
     """Ids of the `count` largest of each row, largest first; overwrites x. Of equals the lower id is first: topk and
     unstable sorts name any."""
-    E, best = x_TE.shape[1], []
+    E = x_TE.shape[1]
+    best: list[Tensor] = []
     if x_TE.dtype != torch.float32:
         for _ in range(count):
             if best:

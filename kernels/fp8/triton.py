@@ -1,0 +1,150 @@
+"""The fp8 family in Triton, for Hopper. Kernels: triton_quantize.py, triton_gemm.py. Letters are the package's.
+
+Products in float64 and dequantise, which is for tests and checkpoints, are the torch backend's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from r1.kernels.bulk_copy import descriptor
+from r1.kernels.fp8 import reference
+from r1.kernels.fp8 import triton_gemm as gemm
+from r1.kernels.fp8 import triton_quantize as quantisers
+from r1.kernels.fp8.reference import BLOCK, dequantize
+from r1.kernels.moe.triton_gemm import plan_kernel
+
+ROWS = 16  # of one program of the 1 x 128 quantiser
+GROUP = 8  # tiles of rows that go down b together
+TILE = {"BLOCK": BLOCK, "num_warps": 8, "num_stages": 4}
+
+
+def _quantize(
+    x_MK: Tensor, power_of_two: bool, along: bool = True, square: bool = False, across: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x_MK.float() if x_MK.dtype == torch.float64 else x_MK
+    M, K = x.shape
+    row_blocks, blocks = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    values = lambda *shape: x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    scales = lambda *shape: x.new_empty(shape, dtype=torch.float32)
+    q, s = (values(M, K), scales(row_blocks, blocks) if square else scales(blocks, M).t()) if along else (x, x)
+    q_across, s_across = (values(K, M), scales(row_blocks, K).t()) if across else (x, x)
+    if x.numel():
+        rows = BLOCK if square or across else ROWS
+        quantisers.quantize_kernel[(triton.cdiv(M, rows), blocks)](
+            x, x.stride(0), x.stride(1), q, s, q_across, s_across, M, K, POWER_OF_TWO=power_of_two, SQUARE=square,
+            ALONG=along, ACROSS=across, ROWS=rows, BLOCK=BLOCK, num_warps=8 if rows == BLOCK else 4,
+        )  # fmt: skip
+    else:
+        for empty in (s, s_across):
+            empty.fill_(1.0)
+    return q, s, q_across, s_across
+
+
+def quantize_1x128(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _quantize(x_MK, power_of_two)[:2]
+
+
+def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _quantize(w_NK, power_of_two, square=True)[:2]
+
+
+def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _quantize(x_MK, power_of_two, across=True)
+
+
+def _product(a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, out_dtype: torch.dtype, square: bool) -> Tensor:
+    (M, K), N = a_q.shape, b_q.shape[0]
+    out = a_q.new_empty((M, N), dtype=out_dtype)
+    if out.numel() == 0 or K == 0:
+        return out.zero_()
+    gemm.fp8_gemm_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(N, BLOCK),)](
+        descriptor(a_q, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q, [BLOCK, BLOCK]), b_s, *b_s.stride(), out,
+        out, out, out, 1, M, N, K, SQUARE=square, GROUPED=False, E_2=1, GROUP=GROUP, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def fp8_gemm(a_q_MK: Tensor, a_s: Tensor, b_q_NK: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if out_dtype == torch.float64:
+        return reference.fp8_gemm(a_q_MK, a_s, b_q_NK, b_s, out_dtype)
+    return _product(a_q_MK, a_s, b_q_NK, b_s, out_dtype, square=True)
+
+
+def fp8_gemm_wgrad(a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if out_dtype == torch.float64:
+        return reference.fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
+    return _product(a_q_NM, a_s, b_q_KM, b_s, out_dtype, square=False)
+
+
+def _plan(tokens_per_expert_E: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
+    if tokens_per_expert_E.device.type == "cpu":
+        reference.checked_counts(tokens_per_expert_E, P)
+    E, counts = len(tokens_per_expert_E), tokens_per_expert_E.contiguous()
+    begins, ends, tile_ends = torch.empty(3, E, dtype=torch.int32, device=counts.device).unbind()
+    plan_kernel[(1,)](
+        counts, begins, ends, tile_ends, E, P, 0, MASKED=False, BLOCK_M=BLOCK, E_2=triton.next_power_of_2(E)
+    )
+    return begins, ends, tile_ends
+
+
+def fp8_grouped_gemm(
+    a_q_PK: Tensor, a_s: Tensor, b_q_ENK: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    if out_dtype == torch.float64:
+        return reference.fp8_grouped_gemm(a_q_PK, a_s, b_q_ENK, b_s, tokens_per_expert_E, out_dtype)
+    (P, K), (E, N, _) = a_q_PK.shape, b_q_ENK.shape
+    out = a_q_PK.new_empty((P, N), dtype=out_dtype)
+    if out.numel() == 0 or K == 0:
+        return out.zero_()
+    begins, ends, tile_ends = _plan(tokens_per_expert_E, P)
+    tiles = (P + min(E, P) * (BLOCK - 1)) // BLOCK  # each of E groups may end in a tile that is not full
+    scales = b_s.contiguous().flatten(0, 1)
+    gemm.fp8_gemm_kernel[(tiles * triton.cdiv(N, BLOCK),)](
+        descriptor(a_q_PK, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q_ENK, [1, BLOCK, BLOCK]), scales,
+        *scales.stride(), out, begins, ends, tile_ends, E, P, N, K, SQUARE=True, GROUPED=True,
+        E_2=triton.next_power_of_2(E), GROUP=GROUP, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def fp8_grouped_gemm_wgrad(
+    a_q_NP: Tensor, a_s: Tensor, b_q_KP: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    if out_dtype == torch.float64:
+        return reference.fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
+    (N, P), K, E = a_q_NP.shape, b_q_KP.shape[0], len(tokens_per_expert_E)
+    out = a_q_NP.new_empty((E, N, K), dtype=out_dtype)
+    if out.numel() == 0 or P == 0:
+        return out.zero_()
+    begins, ends, _ = _plan(tokens_per_expert_E, P)
+    gemm.fp8_grouped_wgrad_kernel[(E * triton.cdiv(N, BLOCK) * triton.cdiv(K, BLOCK),)](
+        descriptor(a_q_NP, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q_KP, [BLOCK, BLOCK]), b_s, *b_s.stride(),
+        out, begins, ends, N, K, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def fp8_linear(x_MK: Tensor, weight_NK: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As in reference.py; one read of x makes both of its copies."""
+    w_q, w_s = quantize_128x128(weight_NK, False)
+    x_q, x_s, x_q_KM, x_s_KM = _quantize(x_MK, False, across=keep)
+    y = fp8_gemm(x_q, x_s, w_q, w_s, x_MK.dtype)
+    if not keep:
+        return y, w_q.new_empty(0, 0), w_s.new_empty(0, 0), w_q.new_empty(0, 0), w_s.new_empty(0, 0)
+    return y, x_q_KM, x_s_KM, w_q, w_s
+
+
+__all__ = [
+    "dequantize",
+    "fp8_gemm",
+    "fp8_gemm_wgrad",
+    "fp8_grouped_gemm",
+    "fp8_grouped_gemm_wgrad",
+    "fp8_linear",
+    "quantize_1x128",
+    "quantize_128x128",
+    "quantize_both",
+]
