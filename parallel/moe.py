@@ -103,17 +103,26 @@ class Experts(MegatronModule):
         (T, K), weights (T, K) → (T, H)."""
         x, weights, main = permuted_local_hidden_states, (self.gate_up.flatten(2), self.down), self.main_gradients()
         if permuted_probs.dim() == 2:
-            return moe_layer(x, tokens_per_expert, permuted_probs, *weights, main_gradients=main), None
-        return moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs, main), None
+            out = moe_layer(x, tokens_per_expert, permuted_probs, *weights, main_gradients=main)
+        else:
+            out = moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs, main)
+        if main is not None and out.requires_grad:
+            out.register_hook(self._will_add_to_main_gradients)
+        return out, None
 
     def main_gradients(self) -> tuple[Tensor, Tensor] | None:
-        """Where Megatron's DistributedDataParallel adds up gradients: the backward adds to them itself."""
+        """Where Megatron's DistributedDataParallel adds up gradients, if it does: the backward adds to them itself.
+
+        Whatever gradient_accumulation_fusion says, which is for Megatron's linears and wants Apex.
+        """
         parameters = (self.gate_up, self.down)
         if not torch.is_grad_enabled() or not all(hasattr(p, "main_grad") and p.requires_grad for p in parameters):
             return None
-        for parameter in parameters:
-            parameter.grad_added_to_main_grad = True  # read by its hook after the backward, cleared every step
-        return self.gate_up.main_grad.flatten(2), self.down.main_grad
+        return self.gate_up.main_grad.view(self.gate_up.flatten(2).shape), self.down.main_grad
+
+    def _will_add_to_main_gradients(self, _: Tensor) -> None:
+        """Runs when the backward does, before the hooks that would add what it returns; they clear this every step."""
+        self.gate_up.grad_added_to_main_grad = self.down.grad_added_to_main_grad = True
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -38,7 +38,7 @@ def route(
     bias_E has none. Where padding_mask_T is true a token gets ids, but weights of 0, and is not counted.
 
     Raises ValueError for wrong shapes, types or devices, and counts that do not fit; with check_values also for a NaN
-    among the logits, which otherwise ranks last or first, and for replayed ids out of range, which are otherwise
+    among the logits, which otherwise ranks last, and for replayed ids out of range, which are otherwise
     looked at on a CPU only: on a GPU the host would have to wait.
     """
     require(logits_TE.dim() == 2 and logits_TE.is_floating_point(), "logits_TE", logits_TE, "a floating (T, E) tensor")
@@ -227,8 +227,9 @@ def moe_mlp(
 
     gate_up_EHF is (E, H, 2 F) with [gate | up] along the last axis, down_EFH (E, F, H), weights_P one number a row.
     Differentiable in all four; only x and the first product are kept for the backward. main_gradients are two
-    contiguous floating tensors, float32 say, of the weights' shapes: the backward adds the weights' gradients to them,
-    and what it returns for the weights holds nothing (Megatron's gradient accumulation fusion). Raises what
+    contiguous floating tensors, float32 say, of the weights' shapes: every backward adds the gradients of weights that
+    require one to them, and what it returns for these is memory that holds nothing (Megatron's gradient accumulation
+    fusion). Under torch.compile only one call of a graph may then wait for its backward. Raises what
     grouped_gemm does.
     """
     require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
@@ -265,24 +266,18 @@ def moe_mlp_masked(
     """moe_mlp for rollout, where each expert has room for M rows and the first tokens_per_expert_E[e] are its own:
     y_EMH, in which the other rows hold anything, and have no part in the result.
 
-    The layout in which low-latency dispatchers (DeepEP's) receive tokens: shapes do not depend on the routing, so that
-    a CUDA graph can hold it. In Triton a row has the bits that moe_mlp gives it. No gradient. Raises what grouped_gemm
-    does; on a CPU also for counts beyond M, which are otherwise taken for M.
+    The layout in which low-latency dispatchers (DeepEP's) receive tokens. In Triton no shape depends on the routing, so
+    that a CUDA graph can hold it, and a row has the bits that moe_mlp gives it; torch waits for the counts. It has no
+    gradient. Raises what grouped_gemm does; on a CPU also for counts beyond M, which are otherwise taken for M.
     """
     require(x_EMH.dim() == 3 and x_EMH.is_floating_point(), "x_EMH", x_EMH, "a floating (E, M, H) tensor")
     E, M, H = x_EMH.shape
-    x_PH = x_EMH.flatten(0, 1)
-    _check_mlp(x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH)
+    _check_mlp(x_EMH, tokens_per_expert_E, gate_up_EHF, down_EFH)
     require(len(gate_up_EHF) == E, "x_EMH", x_EMH, f"a ({len(gate_up_EHF)}, M, H) tensor")
     require(
         weights_EM is None or (weights_EM.shape == (E, M) and weights_EM.device == x_EMH.device),
         "weights_EM", weights_EM, f"a ({E}, {M}) tensor on {x_EMH.device}",
     )  # fmt: skip
-    if tokens_per_expert_E.device.type == "cpu":
-        counts = tokens_per_expert_E.tolist()
-        require(
-            all(0 <= count <= M for count in counts), "tokens_per_expert_E", counts, f"numbers from 0 to the {M} rows"
-        )
     return operators.moe_mlp_masked(x_EMH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_EM)
 
 

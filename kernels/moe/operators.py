@@ -149,21 +149,22 @@ swiglu_backward = operator(
 )
 
 
-def _weight_gradients(ctx: Any, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Where the backward writes, and whether it adds to what is there."""
+def _weight_gradients(ctx: Any, wanted: tuple[bool, bool], *weights: Tensor) -> tuple[Tensor | None, ...]:
+    """Where the backward writes the gradients that are wanted, or adds them if there are main gradients."""
     if torch.is_grad_enabled():
         raise NotImplementedError("the experts' gradient has no gradient")
-    if ctx.main_gradients[0] is not None:
-        first, second = ctx.main_gradients
-        return first, second, True
-    first, second = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (gate_up, down))
-    return first, second, False
+    fresh = lambda weight: torch.empty_like(weight, memory_format=torch.contiguous_format)
+    main = ctx.main_gradients
+    return tuple((fresh(w) if m is None else m) if want else None for want, m, w in zip(wanted, main, weights))
 
 
-def _returned(gradients: tuple[Tensor, Tensor, bool], gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def _returned(ctx: Any, gradients: tuple[Tensor | None, ...], *weights: Tensor) -> tuple[Tensor | None, ...]:
     """A gradient that was added to a main gradient already is memory that nobody reads, as Megatron's linears return:
     its hooks want a tensor."""
-    return (torch.empty_like(gate_up), torch.empty_like(down)) if gradients[2] else gradients[:2]
+    return tuple(
+        gradient if main is None or gradient is None else torch.empty_like(weight)
+        for gradient, main, weight in zip(gradients, ctx.main_gradients, weights)
+    )
 
 
 def _mlp_save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -174,10 +175,12 @@ def _mlp_save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _mlp_backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
-    _, _, gate_up, down, weights, _ = ctx.saved_tensors
-    gradients = _weight_gradients(ctx, gate_up, down)
-    grad_x, grad_weights = moe_mlp_backward(grad, *ctx.saved_tensors, *gradients)
-    return grad_x, None, *_returned(gradients, gate_up, down), None if weights is None else grad_weights, None, None
+    saved = ctx.saved_tensors  # once: unpacking may compute them again
+    weights, scales = saved[2:4], saved[4]
+    gradients = _weight_gradients(ctx, ctx.needs_input_grad[2:4], *weights)
+    grad_x, grad_scales = moe_mlp_backward(grad, *saved, *gradients, ctx.main_gradients[0] is not None)
+    grad_scales = None if scales is None else grad_scales
+    return grad_x, None, *_returned(ctx, gradients, *weights), grad_scales, None, None
 
 
 moe_mlp = operator(
@@ -191,7 +194,7 @@ moe_mlp = operator(
 moe_mlp_backward = operator(
     "moe",
     "moe_mlp_backward(Tensor grad_PH, Tensor x_PH, Tensor tokens_per_expert_E, Tensor gate_up_EHF, Tensor down_EFH, "
-    "Tensor? weights_P, Tensor gate_up_PF, Tensor(a!) grad_gate_up_EHF, Tensor(b!) grad_down_EFH, bool accumulate) "
+    "Tensor? weights_P, Tensor gate_up_PF, Tensor(a!)? grad_gate_up_EHF, Tensor(b!)? grad_down_EFH, bool accumulate) "
     "-> (Tensor, Tensor)",
     lambda grad, x, counts, gate_up, down, weights, *_: (
         x.new_empty(x.shape),
@@ -216,10 +219,11 @@ def _layer_save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _layer_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    _, _, gate_up, down, *_ = ctx.saved_tensors
-    gradients = _weight_gradients(ctx, gate_up, down)
-    grad_x, grad_weights = moe_layer_backward(grad, *ctx.saved_tensors, *gradients)
-    return grad_x, None, grad_weights, *_returned(gradients, gate_up, down), None, None, None
+    saved = ctx.saved_tensors
+    weights = saved[2:4]
+    gradients = _weight_gradients(ctx, ctx.needs_input_grad[3:5], *weights)
+    grad_x, grad_scales = moe_layer_backward(grad, *saved, *gradients, ctx.main_gradients[0] is not None)
+    return grad_x, None, grad_scales, *_returned(ctx, gradients, *weights), None, None, None
 
 
 moe_layer = operator(
@@ -238,7 +242,7 @@ moe_layer = operator(
 moe_layer_backward = operator(
     "moe",
     "moe_layer_backward(Tensor grad_TH, Tensor x_TH, Tensor weights_TK, Tensor gate_up_EHF, Tensor down_EFH, "
-    "Tensor row_map_P, Tensor tokens_per_expert_E, Tensor gate_up_PF, Tensor(a!) grad_gate_up_EHF, "
-    "Tensor(b!) grad_down_EFH, bool accumulate) -> (Tensor, Tensor)",
+    "Tensor row_map_P, Tensor tokens_per_expert_E, Tensor gate_up_PF, Tensor(a!)? grad_gate_up_EHF, "
+    "Tensor(b!)? grad_down_EFH, bool accumulate) -> (Tensor, Tensor)",
     lambda grad, x, weights, *_: (x.new_empty(x.shape), weights.new_empty(weights.shape)),
 )

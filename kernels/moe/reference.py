@@ -5,7 +5,6 @@ Letters: T tokens, H hidden, E experts, K experts a token, P = T K rows sorted b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ from r1.kernels.moe.reference_route import (
     unpermute_backward,
 )
 
-# Experts are taken in spans, a few at a time: a product for each, and between the products one operation for all. What
-# is between then stays in a core's cache, and many small experts cost little more than one large one.
-SPAN_BYTES = 2**21  # two cores' second-level caches
+# Experts are taken in spans, a few at a time: a product for each, and between the products one operation for all. Many
+# small experts then cost little more than one large one, and what is between stays in the cache if an expert's rows do.
+SPAN_BYTES = 2**21  # the second-level caches of two cores, roughly
 
 _silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 
@@ -35,6 +34,13 @@ def checked_counts(tokens_per_expert_E: Tensor, P: int) -> list[int]:
     counts = tokens_per_expert_E.tolist()
     if sum(counts) != P or min(counts, default=0) < 0:
         raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers >= 0 whose sum is the {P} rows")
+    return counts
+
+
+def checked_masked_counts(tokens_per_expert_E: Tensor, room: int) -> list[int]:
+    counts = tokens_per_expert_E.tolist()
+    if not all(0 <= count <= room for count in counts):
+        raise ValueError(f"tokens_per_expert_E is {counts}, wanted numbers from 0 to the {room} rows of an expert")
     return counts
 
 
@@ -64,12 +70,16 @@ def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_p
     _wgrad(out_EHF, x_PH, grad_PF, tokens_per_expert_E, accumulate=True)
 
 
-def _wgrad(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor, accumulate: bool) -> None:
+def _wgrad(
+    out_EHF: Tensor | None, x_PH: Tensor, grad_PF: Tensor, tokens_per_expert_E: Tensor, accumulate: bool
+) -> None:
+    if out_EHF is None:
+        return
     groups = _groups(tokens_per_expert_E, len(x_PH), x_PH, grad_PF)
     for e, x, grad in groups:
         _weight_product(x, grad, out_EHF[e], accumulate)
     if not accumulate:
-        _zero_others((group[0] for group in groups), out_EHF)
+        _zero_others([group[0] for group in groups], out_EHF)
 
 
 def _weight_product(x: Tensor, grad: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -79,10 +89,9 @@ def _weight_product(x: Tensor, grad: Tensor, out: Tensor, accumulate: bool) -> N
         torch.mm(x.t(), grad, out=out)
 
 
-def _zero_others(experts: Iterable[int], *gradients: Tensor) -> None:
-    for e in set(range(len(gradients[0]))).difference(experts):
-        for gradient in gradients:
-            gradient[e].zero_()
+def _zero_others(experts: list[int], gradient_EHF: Tensor) -> None:
+    for e in set(range(len(gradient_EHF))).difference(experts):
+        gradient_EHF[e].zero_()
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
@@ -120,7 +129,7 @@ class Span(NamedTuple):
 
 def _spans(tokens_per_expert_E: Tensor, P: int, row_bytes: int) -> list[Span]:
     found: list[Span] = []
-    end, most = 0, SPAN_BYTES // row_bytes
+    end, most = 0, SPAN_BYTES // max(row_bytes, 1)
     for e, count in enumerate(checked_counts(tokens_per_expert_E, P)):
         if not count:
             continue
@@ -139,8 +148,10 @@ def _products(span: Span, a: Tensor, weights: tuple[Tensor, ...], out: Tensor) -
         torch.mm(rows, weights[e], out=into)
 
 
-def _weight_products(span: Span, a: Tensor, b: Tensor, out: tuple[Tensor, ...], accumulate: bool) -> None:
-    """out[e] = a.T @ b over each expert's rows, or that added to it."""
+def _weight_products(span: Span, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> None:
+    """out[e] = a.T @ b over each expert's rows, or that added to it; nothing if nobody wants it."""
+    if out is None:
+        return
     for e, rows, others in zip(span.experts, a.split_with_sizes(span.sizes), b.split_with_sizes(span.sizes)):
         _weight_product(rows, others, out[e], accumulate)
 
@@ -196,8 +207,8 @@ def _experts_backward(
     down_EFH: Tensor,
     weights_P: Tensor | None,
     gate_up_PF: Tensor,
-    grad_gate_up_EHF: Tensor,
-    grad_down_EFH: Tensor,
+    grad_gate_up_EHF: Tensor | None,
+    grad_down_EFH: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d x_PH, d weights_P or an empty tensor); grad's rows are found as x's are."""
@@ -217,7 +228,6 @@ def _experts_backward(
     sorted_width = 0 if token_P is None else H
     buffers = _buffers(x, parts, sorted_width, sorted_width, F, F, F, 2 * F)
     first, second = gate_up_EHF.transpose(1, 2).unbind(), down_EFH.transpose(1, 2).unbind()
-    into_first, into_second = grad_gate_up_EHF.unbind(), grad_down_EFH.unbind()
     for span in parts:
         grad_rows, x_rows = _take(grad, token_P, span, buffers[0]), _take(x, token_P, span, buffers[1])
         grad_middle, activation, middle, grad_first = (buffer[: len(x_rows)] for buffer in buffers[2:])
@@ -229,13 +239,14 @@ def _experts_backward(
             torch.sum(torch.mul(grad_middle, middle, out=grad_up), -1, True, out=grad_weights_P1[span.rows])
             middle.mul_(weights_P1[span.rows])
             grad_middle.mul_(weights_P1[span.rows])
-        _weight_products(span, middle, grad_rows, into_second, accumulate)
+        _weight_products(span, middle, grad_rows, grad_down_EFH, accumulate)
         torch.mul(grad_middle, activation, out=grad_up)
         _silu_backward(grad_middle.mul_(up), gate, grad_input=grad_gate)
-        _weight_products(span, x_rows, grad_first, into_first, accumulate)
+        _weight_products(span, x_rows, grad_first, grad_gate_up_EHF, accumulate)
         _products(span, grad_first, first, grad_x_PH[span.rows])
-    if not accumulate:
-        _zero_others((e for span in parts for e in span.experts), grad_gate_up_EHF, grad_down_EFH)
+    for gradient in (grad_gate_up_EHF, grad_down_EFH):
+        if gradient is not None and not accumulate:
+            _zero_others([e for span in parts for e in span.experts], gradient)
     if weights_P is None:
         return grad_x_PH, x.new_empty(0)
     return grad_x_PH, grad_weights_P1[:, 0].to(weights_P.dtype)
@@ -261,8 +272,8 @@ def moe_mlp_masked(
     weights_EM: Tensor | None,
 ) -> Tensor:
     y_EMH = torch.empty_like(x_EMH, memory_format=torch.contiguous_format)
-    for e, count in enumerate(tokens_per_expert_E.tolist()):
-        if count > 0:
+    for e, count in enumerate(checked_masked_counts(tokens_per_expert_E, x_EMH.shape[1])):
+        if count:
             weights = None if weights_EM is None else weights_EM[e, :count]
             middle = swiglu(x_EMH[e, :count] @ gate_up_EHF[e], weights)
             torch.mm(middle, down_EFH[e], out=y_EMH[e, :count])
@@ -300,8 +311,8 @@ def moe_layer_backward(
     row_map_P: Tensor,
     tokens_per_expert_E: Tensor,
     gate_up_PF: Tensor,
-    grad_gate_up_EHF: Tensor,
-    grad_down_EFH: Tensor,
+    grad_gate_up_EHF: Tensor | None,
+    grad_down_EFH: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d x, d weights_TK); the weights' gradients as in moe_mlp_backward."""
@@ -320,6 +331,7 @@ __all__ = [
     "check_route_values",
     "checked_counts",
     "checked_ids",
+    "checked_masked_counts",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_gemm_wgrad_",
@@ -333,6 +345,7 @@ __all__ = [
     "route_backward",
     "swiglu",
     "swiglu_backward",
+    "token_of",
     "unpermute",
     "unpermute_backward",
 ]

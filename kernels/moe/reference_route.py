@@ -31,6 +31,7 @@ def route(
         ids_TK = replay_ids_TK.clone(memory_format=torch.contiguous_format)
     else:
         choice_TE = scores_TE.clone() if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
+        choice_TE.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if num_groups > 1:
             choice_TGE = choice_TE.view(T, num_groups, E // num_groups)
             # The score of a group is the sum of its two best experts (DeepSeek-V3, section 2.1.2).

@@ -215,7 +215,9 @@ def grouped_gemm_wgrad_(out_EHF: Tensor, x_PH: Tensor, grad_PF: Tensor, tokens_p
         _wgrad(out_EHF, x_PH, grad_PF, tokens_per_expert_E, accumulate=True)
 
 
-def _wgrad(out: Tensor, x: Tensor, grad: Tensor, tokens_per_expert_E: Tensor, accumulate: bool) -> None:
+def _wgrad(out: Tensor | None, x: Tensor, grad: Tensor, tokens_per_expert_E: Tensor, accumulate: bool) -> None:
+    if out is None:
+        return
     E, M, N = out.shape
     if out.numel() == 0:
         return
@@ -301,6 +303,8 @@ def moe_mlp_masked(
     if wide(x_EMH) == torch.float64:
         return reference.moe_mlp_masked(x_EMH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_EM)
     counts, room = tokens_per_expert_E.contiguous(), x_EMH.shape[1]
+    if counts.device.type == "cpu":
+        reference.checked_masked_counts(counts, room)
     gate_up_PF = _grouped_gemm(x_EMH.flatten(0, 1), gate_up_EHF, counts, room)
     middle_PF = _swiglu(gate_up_PF, None if weights_EM is None else weights_EM.flatten(), counts, room)
     return _grouped_gemm(middle_PF, down_EFH, counts, room).view(x_EMH.shape)
@@ -314,12 +318,13 @@ def moe_mlp_backward(
     down_EFH: Tensor,
     weights_P: Tensor | None,
     gate_up_PF: Tensor,
-    grad_gate_up_EHF: Tensor,
-    grad_down_EFH: Tensor,
+    grad_gate_up_EHF: Tensor | None,
+    grad_down_EFH: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """As in reference.py; one pass makes the middle again together with its gradients."""
-    if torch.float64 in (wide(x_PH), wide(grad_gate_up_EHF)):
+    gradients = [gradient for gradient in (grad_gate_up_EHF, grad_down_EFH) if gradient is not None]
+    if wide(x_PH, *gradients) == torch.float64:
         return reference.moe_mlp_backward(
             grad_PH, x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, gate_up_PF, grad_gate_up_EHF,
             grad_down_EFH, accumulate,
@@ -356,14 +361,14 @@ def moe_layer_backward(
     row_map_P: Tensor,
     tokens_per_expert_E: Tensor,
     gate_up_PF: Tensor,
-    grad_gate_up_EHF: Tensor,
-    grad_down_EFH: Tensor,
+    grad_gate_up_EHF: Tensor | None,
+    grad_down_EFH: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """As in reference.py. The sorted rows of x are copied again, not kept."""
     T, K = weights_TK.shape
     weights_P = weights_TK.reshape(-1).index_select(0, row_map_P)
-    token_P = row_map_P.div(K, rounding_mode="floor")
+    token_P = reference.token_of(row_map_P, weights_TK)
     grad_x_PH, grad_weights_P = moe_mlp_backward(
         grad_TH.index_select(0, token_P), x_TH.index_select(0, token_P), tokens_per_expert_E, gate_up_EHF, down_EFH,
         weights_P, gate_up_PF, grad_gate_up_EHF, grad_down_EFH, accumulate,

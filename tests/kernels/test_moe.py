@@ -188,6 +188,37 @@ def test_main_gradients_and_masked_rows(seed: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(moe_mlp_masked(room, counts, gate_up, down)[own], moe_mlp(rows, counts, gate_up, down))
 
 
+def test_experts_under_checkpoint_and_compile(seed: int) -> None:
+    """torch's checkpoint (not reentrant: saved tensors are made again) and compile, with main gradients too."""
+    T, H, E, K, F = 9, 6, 3, 2, 4
+    x, gate_up, down, weights = leaf(T, H), leaf(E, H, 2 * F), leaf(E, F, H), leaf(T, K)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    rows, _, counts = permute(x.detach(), ids, E)
+    leaves = (x, weights, gate_up, down)
+    main = (torch.zeros_like(gate_up), torch.zeros_like(down))
+    layer = lambda x, w, a, b: moe_layer(x, ids, w, a, b)
+    into_main = lambda x, w, a, b: moe_layer(x, ids, w, a, b, main_gradients=main)
+    experts = lambda x, w, a, b: moe_mlp(x.repeat(K, 1), counts, a, b, w.flatten())
+    for function in (layer, experts):
+        want = torch.autograd.grad(function(*leaves).sum(), leaves)
+        again = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(again.sum(), leaves), want)
+    want = torch.autograd.grad(layer(*leaves).sum(), leaves)
+    compiled = torch.compile(into_main, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves).sum(), leaves)[:2], want[:2])
+    torch.testing.assert_close(main, tuple(want[2:]))
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_nan_ranks_last(seed: int, groups: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(50, 8, dtype=dtype)
+    logits[:, 3], logits[:25, 6] = torch.nan, -torch.nan
+    for bias in (None, torch.randn(8)):
+        ids, weights, counts = route(logits, bias, 4, groups, groups, 1.0)
+        assert counts[3] == 0 and counts[6] == (ids[25:] == 6).sum() and weights.isfinite().all()
+
+
 def test_library_checks_and_compile(seed: int) -> None:
     T, H, E, K, F = 7, 4, 3, 2, 5
 

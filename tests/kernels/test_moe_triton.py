@@ -287,6 +287,7 @@ def test_weight_gradients_are_added_to_main_gradients(device: str, dtype: torch.
     x, ids, weights, gate_up, down = layer_problem(device, 90, dtype)
     leaves = [y.requires_grad_() for y in (x, weights, gate_up, down)]
     rows, row_map, counts = permute(x.detach(), ids, len(gate_up))
+    by_row = [rows.requires_grad_(), weights.detach().flatten()[row_map].requires_grad_(), gate_up, down]
     up = torch.randn(90, 40, device=device).to(dtype)
     up_rows = up.repeat_interleave(2, 0)
     for layer in (True, False):
@@ -295,8 +296,8 @@ def test_weight_gradients_are_added_to_main_gradients(device: str, dtype: torch.
             if layer:
                 out = moe_layer(x, ids, weights, gate_up, down, main_gradients=main)
                 return list(torch.autograd.grad(out, leaves, up))
-            out = moe_mlp(rows, counts, gate_up, down, main_gradients=main)
-            return [*up.new_empty(2, 0), *torch.autograd.grad(out, leaves[2:], up_rows)]
+            out = moe_mlp(by_row[0], counts, gate_up, down, by_row[1], main)
+            return list(torch.autograd.grad(out, by_row, up_rows))
 
         want = call(None)
         before = [torch.randn(y.shape, device=device) for y in (gate_up, down)]
@@ -308,17 +309,22 @@ def test_weight_gradients_are_added_to_main_gradients(device: str, dtype: torch.
                 # The sum is rounded to float32 alone, its product not even to the weights' type.
                 room = 2.0**-8 if dtype == HALF else 1e-5
                 torch.testing.assert_close(a - b, calls * c.float(), rtol=room, atol=room * c.abs().max().item())
+    kept = [y.clone() for y in main]
+    frozen = moe_layer(x, ids, weights, gate_up.detach(), down.detach(), main_gradients=tuple(main))
+    (dx,) = torch.autograd.grad(frozen, (x,), up)
+    assert torch.equal(dx, torch.autograd.grad(moe_layer(x, ids, weights, gate_up, down), leaves, up)[0])
+    assert all(torch.equal(a, b) for a, b in zip(main, kept))
     with pytest.raises(ValueError, match=r"main_gradients\[1\] is a .* wanted a contiguous floating \(5, 24, 40\)"):
         moe_layer(x, ids, weights, gate_up, down, main_gradients=(main[0], main[0]))
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 8, 1], [0, 0, 0, 0], [130, 128, 0, 200]], ids=str)
+@pytest.mark.parametrize("counts", [[3, 0, 8, 1, 0], [0, 0, 0, 0], [130, 128, 0, 200]], ids=str)
 @pytest.mark.parametrize("dtype", [HALF, torch.float32, F64], ids=str)
 def test_moe_mlp_masked(device: str, counts: list[int], dtype: torch.dtype) -> None:
     """The bits of moe_mlp, whatever lies in the rows that are nobody's."""
-    E, M, H, F = 4, max(8, *counts), 40, 24
+    E, M, H, F = len(counts), max(8, *counts), 40, 24
     x, gate_up, down = (leaf(*s).detach().to(dtype).to(device) for s in ((E, M, H), (E, H, 2 * F), (E, F, H)))
-    weights, n = torch.rand(E, M, device=device), torch.tensor(counts, device=device)
+    weights, n = torch.rand(E, M, device=device), torch.tensor(counts, device=device, dtype=torch.int32)
     own = torch.arange(M, device=device) < n[:, None]
     x[~own] = torch.nan
     for w in (None, weights):
@@ -368,8 +374,10 @@ def test_library_checks_and_compile(device: str) -> None:
     rows = rows.t().contiguous().t().requires_grad_()  # a column after the other
     check_operator(lambda x: moe_mlp(x, counts, gate_up, down), rows)
     full = torch.full_like(counts, 6)  # rows that are nobody's differ from call to call
-    masked = (x.detach()[None].repeat(5, 1, 1), full, gate_up.detach(), down.detach(), None)
-    torch.library.opcheck(torch.ops.r1.moe_mlp_masked.default, masked)
+    arguments = (x.detach()[None].repeat(5, 1, 1), full, gate_up.detach(), down.detach())
+    torch.library.opcheck(torch.ops.r1.moe_mlp_masked.default, (*arguments, None))
+    compiled = torch.compile(moe_mlp_masked, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), moe_mlp_masked(*arguments))
     check_operator(lambda x: swiglu(x), rows)
     check_operator(lambda x: unpermute(x, row_map, *ids.shape), rows)
     check_operator(lambda x: route(x, bias, 2, 4, 2, 1.0, replay_ids_TK=ids.t().contiguous().t())[1], logits)
