@@ -21,6 +21,7 @@ register("fp8", "triton", "r1.kernels.fp8.triton", proven_on=())
 BLOCK = reference.BLOCK
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 E4M3 = torch.float8_e4m3fn
+MAIN_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _up(n: Any) -> Any:
@@ -40,6 +41,10 @@ def _quantize_fake(rows: int) -> Any:
     return fake
 
 
+def _both_fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_quantize_fake(1)(x, power_of_two), *_quantize_fake(1)(x.t(), power_of_two)
+
+
 _quantize_1x128 = operator(
     "fp8", "quantize_1x128(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(1)
 )
@@ -49,7 +54,12 @@ _quantize_128x128 = operator(
 _quantize_both = operator(
     "fp8",
     "quantize_both(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, power_of_two: (*_quantize_fake(1)(x, power_of_two), *_quantize_fake(1)(x.t(), power_of_two)),
+    _both_fake,
+)
+_swiglu_quantize = operator(
+    "fp8",
+    "swiglu_quantize(Tensor gate_up_MF, Tensor? weights_M, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda x, weights, power_of_two: _both_fake(x.new_empty((x.shape[0], x.shape[1] // 2)), power_of_two),
 )
 _dequantize = operator(
     "fp8",
@@ -66,6 +76,11 @@ _fp8_gemm_wgrad = operator(
     "fp8_gemm_wgrad(Tensor a_q_NM, Tensor a_s, Tensor b_q_KM, Tensor b_s, ScalarType out_dtype) -> Tensor",
     lambda a, a_s, b, b_s, dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
+_fp8_gemm_wgrad_ = operator(
+    "fp8",
+    "fp8_gemm_wgrad_(Tensor(a!) out_NK, Tensor a_q_NM, Tensor a_s, Tensor b_q_KM, Tensor b_s) -> ()",
+    lambda *_: None,
+)
 _fp8_grouped_gemm = operator(
     "fp8",
     "fp8_grouped_gemm(Tensor a_q_PK, Tensor a_s, Tensor b_q_ENK, Tensor b_s, Tensor tokens_per_expert_E, "
@@ -77,6 +92,12 @@ _fp8_grouped_gemm_wgrad = operator(
     "fp8_grouped_gemm_wgrad(Tensor a_q_NP, Tensor a_s, Tensor b_q_KP, Tensor b_s, Tensor tokens_per_expert_E, "
     "ScalarType out_dtype) -> Tensor",
     lambda a, a_s, b, b_s, counts, dtype: a.new_empty((counts.shape[0], a.shape[0], b.shape[0]), dtype=dtype),
+)
+_fp8_grouped_gemm_wgrad_ = operator(
+    "fp8",
+    "fp8_grouped_gemm_wgrad_(Tensor(a!) out_ENK, Tensor a_q_NP, Tensor a_s, Tensor b_q_KP, Tensor b_s, "
+    "Tensor tokens_per_expert_E) -> ()",
+    lambda *_: None,
 )
 
 
@@ -145,6 +166,23 @@ def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
     return _quantize_both(x_MK.detach(), power_of_two)
 
 
+def swiglu_quantize(
+    gate_up_MF: Tensor, weights_M: Tensor | None = None, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """quantize_both of silu(gate) * up, times weights if given, for gate_up (M, 2 F) = [gate | up]: what comes between
+    an expert's two products never lies in memory but in FP8, and is not rounded to another type before.
+
+    No gradient. Raises ValueError for wrong shapes or types.
+    """
+    _check_source("gate_up_MF", gate_up_MF)
+    require(gate_up_MF.shape[1] % 2 == 0, "gate_up_MF", gate_up_MF, "an even last axis")
+    require(
+        weights_M is None or (weights_M.shape == gate_up_MF.shape[:1] and weights_M.device == gate_up_MF.device),
+        "weights_M", weights_M, f"a ({gate_up_MF.shape[0]},) tensor on {gate_up_MF.device}",
+    )  # fmt: skip
+    return _swiglu_quantize(gate_up_MF.detach(), None if weights_M is None else weights_M.detach(), power_of_two)
+
+
 def dequantize(
     q_MK: Tensor, scales: Tensor, block: tuple[int, int] = (1, BLOCK), dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -184,6 +222,20 @@ def fp8_gemm_wgrad(
     """a @ b.T (N, K), the weight gradient: both quantised 1 x 128 along the tokens M, from transposed copies."""
     _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
     return _fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
+
+
+def fp8_gemm_wgrad_(out_NK: Tensor, a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor) -> None:
+    """out += a @ b.T: fp8_gemm_wgrad added to a main gradient, contiguous and floating, float32 say."""
+    _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
+    _check_out("out_NK", out_NK, (len(a_q_NM), len(b_q_KM)), a_q_NM)
+    _fp8_gemm_wgrad_(out_NK, a_q_NM, a_s, b_q_KM, b_s)
+
+
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    require(
+        out.shape == shape and out.is_contiguous() and out.dtype in MAIN_TYPES and out.device == like.device,
+        name, out, f"a contiguous floating {shape} tensor on {like.device}",
+    )  # fmt: skip
 
 
 def _check_counts(counts: Tensor) -> None:
@@ -226,6 +278,16 @@ def fp8_grouped_gemm_wgrad(
     return _fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
 
 
+def fp8_grouped_gemm_wgrad_(
+    out_ENK: Tensor, a_q_NP: Tensor, a_s: Tensor, b_q_KP: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor
+) -> None:
+    """out += fp8_grouped_gemm_wgrad of the rest: added to a main gradient, contiguous and floating, float32 say."""
+    _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
+    _check_counts(tokens_per_expert_E)
+    _check_out("out_ENK", out_ENK, (len(tokens_per_expert_E), len(a_q_NP), len(b_q_KP)), a_q_NP)
+    _fp8_grouped_gemm_wgrad_(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E)
+
+
 def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x @ weight.T for x (..., K), with all three products of training in FP8, in x's type.
 
@@ -246,10 +308,13 @@ __all__ = [
     "dequantize",
     "fp8_gemm",
     "fp8_gemm_wgrad",
+    "fp8_gemm_wgrad_",
     "fp8_grouped_gemm",
     "fp8_grouped_gemm_wgrad",
+    "fp8_grouped_gemm_wgrad_",
     "fp8_linear",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_both",
+    "swiglu_quantize",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1.kernels.moe.reference import checked_counts
+from r1.kernels.moe.reference import checked_counts, swiglu
 
 BLOCK = 128
 LARGEST = 448.0  # of e4m3
@@ -57,6 +57,12 @@ def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Ten
     return *quantize_1x128(x_MK, power_of_two), *quantize_1x128(x_MK.t(), power_of_two)
 
 
+def swiglu_quantize(
+    gate_up_MF: Tensor, weights_M: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return quantize_both(swiglu(gate_up_MF.float(), weights_M), power_of_two)
+
+
 def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     M, K = q_MK.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -78,6 +84,10 @@ def fp8_gemm_wgrad(a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out
     return (a @ dequantize(b_q_KM, b_s, 1, BLOCK, a.dtype).t()).to(out_dtype)
 
 
+def fp8_gemm_wgrad_(out_NK: Tensor, a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor) -> None:
+    out_NK.add_(fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, _wide(out_NK.dtype)))
+
+
 def fp8_grouped_gemm(
     a_q_PK: Tensor, a_s: Tensor, b_q_ENK: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
@@ -95,6 +105,12 @@ def fp8_grouped_gemm_wgrad(
     counts = checked_counts(tokens_per_expert_E, a.shape[1])
     out = [x @ y.t() for x, y in zip(a.split(counts, 1), b.split(counts, 1))]
     return torch.stack(out).to(out_dtype) if out else a.new_empty(0, len(a), len(b), dtype=out_dtype)
+
+
+def fp8_grouped_gemm_wgrad_(
+    out_ENK: Tensor, a_q_NP: Tensor, a_s: Tensor, b_q_KP: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor
+) -> None:
+    out_ENK.add_(fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, _wide(out_ENK.dtype)))
 
 
 def fp8_linear(x_MK: Tensor, weight_NK: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

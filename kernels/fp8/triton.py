@@ -22,24 +22,30 @@ TILE = {"BLOCK": BLOCK, "num_warps": 8, "num_stages": 4}
 
 
 def _quantize(
-    x_MK: Tensor, power_of_two: bool, along: bool = True, square: bool = False, across: bool = False
+    x_MK: Tensor,
+    power_of_two: bool,
+    square: bool = False,
+    across: bool = False,
+    swiglu: bool = False,
+    weights_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x_MK.float() if x_MK.dtype == torch.float64 else x_MK
-    M, K = x.shape
+    M, K = x.shape[0], x.shape[1] // 2 if swiglu else x.shape[1]
     row_blocks, blocks = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
     values = lambda *shape: x.new_empty(shape, dtype=torch.float8_e4m3fn)
     scales = lambda *shape: x.new_empty(shape, dtype=torch.float32)
-    q, s = (values(M, K), scales(row_blocks, blocks) if square else scales(blocks, M).t()) if along else (x, x)
-    q_across, s_across = (values(K, M), scales(row_blocks, K).t()) if across else (x, x)
-    if x.numel():
+    q, s = values(M, K), scales(row_blocks, blocks) if square else scales(blocks, M).t()
+    q_across, s_across = (values(K, M), scales(row_blocks, K).t()) if across else (q, s)
+    if M * K:
         rows = BLOCK if square or across else ROWS
         quantisers.quantize_kernel[(triton.cdiv(M, rows), blocks)](
-            x, x.stride(0), x.stride(1), q, s, q_across, s_across, M, K, POWER_OF_TWO=power_of_two, SQUARE=square,
-            ALONG=along, ACROSS=across, ROWS=rows, BLOCK=BLOCK, num_warps=8 if rows == BLOCK else 4,
+            x, x.stride(0), x.stride(1), x if weights_M is None else weights_M.contiguous(), q, s, q_across, s_across,
+            M, K, SWIGLU=swiglu, WEIGHTED=weights_M is not None, POWER_OF_TWO=power_of_two, SQUARE=square,
+            ACROSS=across, ROWS=rows, BLOCK=BLOCK, num_warps=8 if rows == BLOCK else 4,
         )  # fmt: skip
     else:
-        for empty in (s, s_across):
-            empty.fill_(1.0)
+        s.fill_(1.0)
+        s_across.fill_(1.0)
     return q, s, q_across, s_across
 
 
@@ -55,14 +61,21 @@ def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Ten
     return _quantize(x_MK, power_of_two, across=True)
 
 
-def _product(a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, out_dtype: torch.dtype, square: bool) -> Tensor:
+def swiglu_quantize(
+    gate_up_MF: Tensor, weights_M: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _quantize(gate_up_MF, power_of_two, across=True, swiglu=True, weights_M=weights_M)
+
+
+def _product(
+    out: Tensor, a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, square: bool, accumulate: bool = False
+) -> Tensor:
     (M, K), N = a_q.shape, b_q.shape[0]
-    out = a_q.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0 or K == 0:
-        return out.zero_()
+        return out if accumulate else out.zero_()
     gemm.fp8_gemm_kernel[(triton.cdiv(M, BLOCK) * triton.cdiv(N, BLOCK),)](
         descriptor(a_q, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q, [BLOCK, BLOCK]), b_s, *b_s.stride(), out,
-        out, out, out, 1, M, N, K, SQUARE=square, GROUPED=False, E_2=1, GROUP=GROUP, **TILE,
+        out, out, out, 1, M, N, K, SQUARE=square, GROUPED=False, ACCUMULATE=accumulate, E_2=1, GROUP=GROUP, **TILE,
     )  # fmt: skip
     return out
 
@@ -70,13 +83,22 @@ def _product(a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, out_dtype: torc
 def fp8_gemm(a_q_MK: Tensor, a_s: Tensor, b_q_NK: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype == torch.float64:
         return reference.fp8_gemm(a_q_MK, a_s, b_q_NK, b_s, out_dtype)
-    return _product(a_q_MK, a_s, b_q_NK, b_s, out_dtype, square=True)
+    out = a_q_MK.new_empty((len(a_q_MK), len(b_q_NK)), dtype=out_dtype)
+    return _product(out, a_q_MK, a_s, b_q_NK, b_s, square=True)
 
 
 def fp8_gemm_wgrad(a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype == torch.float64:
         return reference.fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
-    return _product(a_q_NM, a_s, b_q_KM, b_s, out_dtype, square=False)
+    out = a_q_NM.new_empty((len(a_q_NM), len(b_q_KM)), dtype=out_dtype)
+    return _product(out, a_q_NM, a_s, b_q_KM, b_s, square=False)
+
+
+def fp8_gemm_wgrad_(out_NK: Tensor, a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor) -> None:
+    if out_NK.dtype == torch.float64:
+        reference.fp8_gemm_wgrad_(out_NK, a_q_NM, a_s, b_q_KM, b_s)
+    else:
+        _product(out_NK, a_q_NM, a_s, b_q_KM, b_s, square=False, accumulate=True)
 
 
 def _plan(tokens_per_expert_E: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +127,7 @@ def fp8_grouped_gemm(
     gemm.fp8_gemm_kernel[(tiles * triton.cdiv(N, BLOCK),)](
         descriptor(a_q_PK, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q_ENK, [1, BLOCK, BLOCK]), scales,
         *scales.stride(), out, begins, ends, tile_ends, E, P, N, K, SQUARE=True, GROUPED=True,
-        E_2=triton.next_power_of_2(E), GROUP=GROUP, **TILE,
+        ACCUMULATE=False, E_2=triton.next_power_of_2(E), GROUP=GROUP, **TILE,
     )  # fmt: skip
     return out
 
@@ -115,14 +137,29 @@ def fp8_grouped_gemm_wgrad(
 ) -> Tensor:
     if out_dtype == torch.float64:
         return reference.fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
-    (N, P), K, E = a_q_NP.shape, b_q_KP.shape[0], len(tokens_per_expert_E)
-    out = a_q_NP.new_empty((E, N, K), dtype=out_dtype)
+    out = a_q_NP.new_empty((len(tokens_per_expert_E), len(a_q_NP), len(b_q_KP)), dtype=out_dtype)
+    return _grouped_wgrad(out, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, accumulate=False)
+
+
+def fp8_grouped_gemm_wgrad_(
+    out_ENK: Tensor, a_q_NP: Tensor, a_s: Tensor, b_q_KP: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor
+) -> None:
+    if out_ENK.dtype == torch.float64:
+        reference.fp8_grouped_gemm_wgrad_(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E)
+    else:
+        _grouped_wgrad(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, accumulate=True)
+
+
+def _grouped_wgrad(
+    out: Tensor, a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, tokens_per_expert_E: Tensor, accumulate: bool
+) -> Tensor:
+    (E, N, K), P = out.shape, a_q.shape[1]
     if out.numel() == 0 or P == 0:
-        return out.zero_()
+        return out if accumulate else out.zero_()
     begins, ends, _ = _plan(tokens_per_expert_E, P)
     gemm.fp8_grouped_wgrad_kernel[(E * triton.cdiv(N, BLOCK) * triton.cdiv(K, BLOCK),)](
-        descriptor(a_q_NP, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q_KP, [BLOCK, BLOCK]), b_s, *b_s.stride(),
-        out, begins, ends, N, K, **TILE,
+        descriptor(a_q, [BLOCK, BLOCK]), a_s, *a_s.stride(), descriptor(b_q, [BLOCK, BLOCK]), b_s, *b_s.stride(), out,
+        begins, ends, N, K, ACCUMULATE=accumulate, **TILE,
     )  # fmt: skip
     return out
 
@@ -141,10 +178,13 @@ __all__ = [
     "dequantize",
     "fp8_gemm",
     "fp8_gemm_wgrad",
+    "fp8_gemm_wgrad_",
     "fp8_grouped_gemm",
     "fp8_grouped_gemm_wgrad",
+    "fp8_grouped_gemm_wgrad_",
     "fp8_linear",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_both",
+    "swiglu_quantize",
 ]

@@ -14,9 +14,11 @@ import triton.language as tl
 def fp8_gemm_kernel(
     a, a_scales_ptr, a_row_stride, a_step_stride, b, b_scales_ptr, b_row_stride, b_step_stride, out_ptr, begins_ptr,
     ends_ptr, tile_ends_ptr, E, M, N, K,
-    SQUARE: tl.constexpr, GROUPED: tl.constexpr, E_2: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    SQUARE: tl.constexpr, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr, E_2: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = a (M, K) @ b (N, K).T; b's scales are of SQUARE blocks, or of 128 in a row as a's are.
+    """out (M, N) = a (M, K) @ b (N, K).T, or that added to what out holds; b's scales are of SQUARE blocks, or of 128
+    in a row as a's are.
 
     GROUPED: b is (E, N, K), and begins, ends and tile_ends say which rows are an expert's, as in the moe family.
     """
@@ -45,7 +47,11 @@ def fp8_gemm_kernel(
     if SQUARE:
         # One scale for the whole tile, from an expert's table if there are some.
         b_scales_ptr += (expert * column_tiles + column_tile) * b_row_stride
+    where = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
+    mask = (rows < end)[:, None] & (columns < N)[None, :]
     accumulator = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if ACCUMULATE:
+        accumulator = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     for step in range(0, steps):
         a_tile = a.load([row, step * BLOCK])
         if GROUPED:
@@ -59,8 +65,7 @@ def fp8_gemm_kernel(
         else:
             b_scale = tl.load(b_scale_ptr + columns * b_row_stride, mask=columns < N, other=0.0)
             accumulator += tl.dot(a_tile, b_tile.T) * scale[:, None] * b_scale[None, :]
-    where = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(where, accumulator.to(out_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (columns < N)[None, :])
+    tl.store(where, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -72,11 +77,10 @@ def keep(tile, own):
 @triton.jit
 def fp8_grouped_wgrad_kernel(
     a, a_scales_ptr, a_row_stride, a_step_stride, b, b_scales_ptr, b_row_stride, b_step_stride, out_ptr, begins_ptr,
-    ends_ptr, N, K,
-    BLOCK: tl.constexpr,
+    ends_ptr, N, K, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (N, K) = a (N, rows of e) @ b (K, rows of e).T; scales are of 128 neighbours along P, wherever experts
-    begin. Of a block that two experts share nothing of the other's enters."""
+    """out[e] (N, K) = a (N, rows of e) @ b (K, rows of e).T, or that added to what out holds; scales are of 128
+    neighbours along P, wherever experts begin. Of a block that two experts share nothing of the other's enters."""
     row_tiles, column_tiles = tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK)
     expert = tl.program_id(0) // (row_tiles * column_tiles)
     tile = tl.program_id(0) % (row_tiles * column_tiles)
@@ -84,7 +88,11 @@ def fp8_grouped_wgrad_kernel(
     begin, end = tl.load(begins_ptr + expert), tl.load(ends_ptr + expert)
     rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
     a_scales, b_scales = a_scales_ptr + rows * a_row_stride, b_scales_ptr + columns * b_row_stride
+    where = out_ptr + (expert.to(tl.int64) * N + rows[:, None]) * K + columns[None, :]
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
     accumulator = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if ACCUMULATE:
+        accumulator = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     first_whole, last_whole = (begin + BLOCK - 1) // BLOCK, end // BLOCK
     for step in range(first_whole, last_whole):
         a_scale = tl.load(a_scales + step * a_step_stride, mask=rows < N, other=0.0)
@@ -105,5 +113,4 @@ def fp8_grouped_wgrad_kernel(
             edge_a_scale = tl.load(a_scales + shared * a_step_stride, mask=rows < N, other=0.0)
             edge_b_scale = tl.load(b_scales + shared * b_step_stride, mask=columns < K, other=0.0)
             accumulator += tl.dot(a_tile, b_tile.T) * edge_a_scale[:, None] * edge_b_scale[None, :]
-    where = out_ptr + (expert.to(tl.int64) * N + rows[:, None]) * K + columns[None, :]
-    tl.store(where, accumulator.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])
+    tl.store(where, accumulator.to(out_ptr.dtype.element_ty), mask=mask)

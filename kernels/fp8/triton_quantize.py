@@ -36,29 +36,35 @@ def to_e4m3(x, scale):
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, row_stride, column_stride, q_ptr, scales_ptr, across_ptr, across_scales_ptr, M, K,
-    POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, row_stride, column_stride, weights_ptr, q_ptr, scales_ptr, across_ptr, across_scales_ptr, M, K,
+    SWIGLU: tl.constexpr, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr,
+    ACROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS x 128. ALONG: one scale for a row of the tile, or SQUARE one for all of it; ACROSS: the transposed
-    copy (K, M) too, or alone, with one scale for a column of the tile. But for SQUARE, scales lie block by block."""
+    """A tile of ROWS x 128, with one scale for each of its rows, or SQUARE one for all of it; ACROSS: the transposed
+    copy (K, M) too, with one scale for a column of the tile. But for SQUARE, scales lie block by block.
+
+    SWIGLU: what is quantised is silu(gate) * up of x (M, 2 K) = [gate | up], WEIGHTED times a number a row."""
     row, column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * BLOCK
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, BLOCK)
     mask = (rows < M)[:, None] & (columns < K)[None, :]
     where = x_ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
     x = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    if SWIGLU:
+        up = tl.load(where + K * column_stride, mask=mask, other=0.0).to(tl.float32)
+        x = x / (1.0 + tl.exp(-x)) * up
+        if WEIGHTED:
+            x *= tl.load(weights_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     size = magnitude(x)
-    if ALONG:
-        amax = tl.max(size, 1)
-        if SQUARE:
-            amax = tl.broadcast_to(tl.max(amax, 0, keep_dims=True), (ROWS,))
-        scale = scale_of(amax, POWER_OF_TWO)
-        tl.store(q_ptr + rows[:, None] * K + columns[None, :], to_e4m3(x, scale[:, None]), mask=mask)
-        if SQUARE:
-            place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, ROWS)
-            tl.store(scales_ptr + place, scale, mask=tl.arange(0, ROWS) == 0)
-        else:
-            tl.store(scales_ptr + tl.program_id(1).to(tl.int64) * M + rows, scale, mask=rows < M)
+    amax = tl.max(size, 1)
+    if SQUARE:
+        amax = tl.broadcast_to(tl.max(amax, 0, keep_dims=True), (ROWS,))
+    scale = scale_of(amax, POWER_OF_TWO)
+    tl.store(q_ptr + rows[:, None] * K + columns[None, :], to_e4m3(x, scale[:, None]), mask=mask)
+    if SQUARE:
+        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, ROWS)
+        tl.store(scales_ptr + place, scale, mask=tl.arange(0, ROWS) == 0)
+    else:
+        tl.store(scales_ptr + tl.program_id(1).to(tl.int64) * M + rows, scale, mask=rows < M)
     if ACROSS:
         scale = scale_of(tl.max(size, 0), POWER_OF_TWO)
         across = tl.trans(to_e4m3(x, scale[None, :]))

@@ -10,8 +10,10 @@ from r1.kernels import (
     dequantize,
     fp8_gemm,
     fp8_gemm_wgrad,
+    fp8_gemm_wgrad_,
     fp8_grouped_gemm,
     fp8_grouped_gemm_wgrad,
+    fp8_grouped_gemm_wgrad_,
     fp8_linear,
     quantize_1x128,
     quantize_128x128,
@@ -129,6 +131,13 @@ def test_grouped_gemms(seed: int, counts: list[int]) -> None:
     (gq, g_s), (tq, t_s) = quantize_1x128(grad.t().contiguous()), quantize_1x128(x.t().contiguous())
     dw = fp8_grouped_gemm_wgrad(gq, g_s, tq, t_s, n)
     assert y.shape == (P, N) and dw.shape == (E, N, K)
+    main = torch.randn(E, N, K)
+    added = main.clone()
+    fp8_grouped_gemm_wgrad_(added, gq, g_s, tq, t_s, n)
+    torch.testing.assert_close(added, main + dw)
+    dense = torch.ones(N, K)
+    fp8_gemm_wgrad_(dense, gq, g_s, tq, t_s)
+    torch.testing.assert_close(dense, 1 + fp8_gemm_wgrad(gq, g_s, tq, t_s))
     start = 0
     for e, count in enumerate(counts):
         rows = slice(start, start + count)
@@ -207,6 +216,10 @@ def test_bad_input() -> None:
         fp8_gemm(q.float(), s, q, s)
     with bad("b_s is"):
         fp8_gemm(q, s, q, s)
+    with bad(r"out_NK is a \(3, 4\) tensor of float32 on cpu, wanted a contiguous floating \(3, 3\) tensor"):
+        fp8_gemm_wgrad_(torch.zeros(3, 4), q, s, q, s)
+    with bad(r"out_ENK is a \(1, 3, 3\) tensor of int64"):
+        fp8_grouped_gemm_wgrad_(torch.zeros(1, 3, 3, dtype=torch.int64), q, s, q, s, torch.tensor([130]))
     with bad("tokens_per_expert_E is"):
         fp8_grouped_gemm_wgrad(q, s, q, s, torch.tensor([1, 2]))
     with bad(r"weight_NK is a \(2, 5\)"):

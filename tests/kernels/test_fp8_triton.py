@@ -13,12 +13,15 @@ from r1.kernels import (
     dequantize,
     fp8_gemm,
     fp8_gemm_wgrad,
+    fp8_gemm_wgrad_,
     fp8_grouped_gemm,
     fp8_grouped_gemm_wgrad,
+    fp8_grouped_gemm_wgrad_,
     fp8_linear,
     quantize_1x128,
     quantize_128x128,
     quantize_both,
+    swiglu_quantize,
 )
 from r1.kernels.fp8 import reference
 from r1.kernels.fp8 import triton as fp8
@@ -52,6 +55,33 @@ def test_quantisers_bit_for_bit(device: str, shape: tuple[int, int], magnitude: 
         ):
             for got, expected in zip(quantise(source, power_of_two), want(source, power_of_two), strict=True):
                 assert got.shape == expected.shape and same(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(37, 300), (1, 1), (130, 257), (0, 64), (4, 0)], ids=str)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_swiglu_quantize(device: str, shape: tuple[int, int], power_of_two: bool) -> None:
+    """An exponential's last bit may differ: scales by as much, values by one step of e4m3."""
+    M, F = shape
+    gate_up = (torch.randn(M, 2 * F) * 2.0 ** torch.randint(-4, 5, (M, 1))).to(device)
+    weights = torch.rand(M, device=device)
+    for source in (gate_up, gate_up.bfloat16(), gate_up.t().contiguous().t()):
+        for w in (None, weights):
+            gate, up = source.double().chunk(2, -1)
+            want = torch.nn.functional.silu(gate) * up * (1 if w is None else w.double()[:, None])
+            q, scales, q_across, across_scales = swiglu_quantize(source, w, power_of_two)
+            for back, exact, spread in (
+                (dequantize(q, scales, dtype=F64), want, scales),
+                (dequantize(q_across, across_scales, dtype=F64), want.t(), across_scales),
+            ):
+                wide = spread.double().repeat_interleave(128, 1)[:, : exact.shape[1]]
+                assert back.shape == exact.shape
+                assert ((back - exact).abs() <= exact.abs() * 2**-4 * (1 + 1e-4) + wide * 2**-10).all()
+            for got, known in zip((scales, across_scales), reference.swiglu_quantize(source, w, power_of_two)[1::2]):
+                torch.testing.assert_close(got, known, rtol=1.0 if power_of_two else 1e-5, atol=0)
+    if gate_up.numel():
+        gate_up[0, 0] = torch.nan
+        q, scales, *_ = swiglu_quantize(gate_up, weights)
+        assert scales.isfinite().all() and q.float()[0, 0].isnan()
 
 
 def close(got: Tensor, want: Tensor, terms: Tensor) -> None:
@@ -88,6 +118,11 @@ def test_gemms(device: str, M: int, N: int, K: int) -> None:
     assert got.dtype == torch.float32 and got.shape == (N, K)
     x, y = exact(g, 1), dequantize(*across, (1, 128), F64)
     close(got, x @ y.t(), x.abs() @ y.abs().t())
+    for dtype in (torch.float32, torch.bfloat16):
+        main = torch.randn(N, K, device=device).to(dtype)
+        want, terms = main.double() + x @ y.t(), main.double().abs() + x.abs() @ y.abs().t()
+        fp8_gemm_wgrad_(main, *g, *across)
+        close(main, want, terms)
 
 
 COUNTS = [[3, 0, 150, 1], [0, 0, 0, 0], [0, 130, 0, 0], [128, 256, 0, 64], [60, 30, 10, 200]]
@@ -115,6 +150,12 @@ def test_grouped_gemms(device: str, counts: list[int]) -> None:
             g, t = wide_g[:, rows], wide_t[:, rows]
             close(dw[e], g @ t.t(), g.abs() @ t.abs().t())
             assert count or dw[e].eq(0).all()
+        main = torch.randn(E, N, K, device=device)
+        added = main.clone()
+        fp8_grouped_gemm_wgrad_(added, *g_across, *a_across, n)
+        assert torch.equal(added[n == 0], main[n == 0])
+        if dtype == torch.float32:
+            torch.testing.assert_close(added - main, dw, atol=1e-4, rtol=1e-5)
 
 
 def test_what_lies_beside_is_not_read(device: str) -> None:
@@ -174,14 +215,19 @@ def v3_launches() -> None:
             fp8.quantize_1x128(source, power_of_two)
             fp8.quantize_128x128(source, power_of_two)
             fp8.quantize_both(source, power_of_two)
+        for weights in (None, torch.empty(T)):
+            fp8.swiglu_quantize(source, weights, False)
     counts = torch.full((E,), T // E)
     for N, K in ((2 * F, H), (H, F), (2112, H), (24576, 1536)):
         for dtype in (torch.bfloat16, torch.float32):
             a, b = (values(T, K), scales(T, K)), (values(N, K), square(N, K))
             fp8.fp8_gemm(*a, *b, dtype)
-        fp8.fp8_gemm_wgrad(values(N, T), scales(N, T), values(K, T), scales(K, T), torch.float32)
+        across = values(N, T), scales(N, T), values(K, T), scales(K, T)
+        fp8.fp8_gemm_wgrad(*across, torch.float32)
+        fp8.fp8_gemm_wgrad_(torch.empty(N, K), *across)
     fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, N, K), counts, torch.bfloat16)
-    fp8.fp8_grouped_gemm_wgrad(values(N, T), scales(N, T), values(K, T), scales(K, T), counts, torch.float32)
+    fp8.fp8_grouped_gemm_wgrad(*across, counts, torch.float32)
+    fp8.fp8_grouped_gemm_wgrad_(torch.empty(E, N, K), *across, counts)
 
 
 def test_compiles_for_hopper_without_spills() -> None:
