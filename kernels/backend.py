@@ -47,7 +47,9 @@ def implementation(family: str, device: torch.device) -> ModuleType:
     if "=" in wanted:
         choices = dict(choice.partition("=")[::2] for choice in wanted.split(","))
         if unknown := choices.keys() - _implementations.keys():
-            raise ValueError(f"R1_KERNELS names the family {min(unknown)!r}, wanted {', '.join(_implementations)}")
+            raise ValueError(
+                f"R1_KERNELS names the family {min(unknown)!r}, wanted {', '.join(sorted(_implementations))}"
+            )
         wanted = choices.get(family, "auto")
     if wanted == "auto":
         proven = (b for b in BACKENDS if b in available and device.type in _proven[family, b])

@@ -28,15 +28,12 @@ def _up(n: Any) -> Any:
     return (n + BLOCK - 1) // BLOCK
 
 
-def _row_scales(x: Tensor, M: Any, K: Any) -> Tensor:
-    return x.new_empty((_up(K), M), dtype=torch.float32).t()
-
-
 def _quantize_fake(rows: int) -> Any:
     def fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
         M, K = x.shape
-        scales = _row_scales(x, M, K) if rows == 1 else x.new_empty((_up(M), _up(K)), dtype=torch.float32)
-        return x.new_empty((M, K), dtype=E4M3), scales
+        squares = (_up(M), _up(K))
+        scales = reference.row_scales_like(x, M, K) if rows == 1 else x.new_empty(squares, dtype=torch.float32)
+        return reference.values_like(x, M, K), scales
 
     return fake
 
@@ -101,36 +98,39 @@ _fp8_grouped_gemm_wgrad_ = operator(
 )
 
 
-def _linear_fake(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, ...]:
-    (M, K), N = x.shape, weight.shape[0]
-    q = lambda *shape: x.new_empty(shape, dtype=E4M3)
-    s = lambda *shape: x.new_empty(shape, dtype=torch.float32)
-    kept = (q(K, M), _row_scales(x, K, M), q(N, K), s(_up(N), _up(K))) if keep else (q(0, 0), s(0, 0), q(0, 0), s(0, 0))
-    return x.new_empty((M, N)), *kept
+def _linear_fake(x: Tensor, weight: Tensor, keep_x: bool, keep_weight: bool) -> tuple[Tensor, ...]:
+    across = _quantize_fake(1)(x.t(), False) if keep_x else reference.nothing(x)
+    kept = _quantize_fake(BLOCK)(weight, False) if keep_weight else reference.nothing(x)
+    return x.new_empty((x.shape[0], weight.shape[0])), *across, *kept
 
 
 def _linear_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     x_q_KM, x_s, w_q_NK, w_s = ctx.saved_tensors
     x_dtype, weight_dtype = ctx.dtypes
+    for_x, for_weight = ctx.needs_input_grad[:2]
     grad_x = grad_weight = None
-    g_q, g_s, g_q_NM, g_s_NM = _quantize_both(grad, False)
-    if ctx.needs_input_grad[0]:
+    if grad is not None and for_weight:
+        g_q, g_s, *across = _quantize_both(grad, False)
+        grad_weight = _fp8_gemm_wgrad(*across, x_q_KM, x_s, weight_dtype)
+    elif grad is not None:
+        g_q, g_s = _quantize_1x128(grad, False)
+    if grad is not None and for_x:
         # A 128 x 128 block transposed is a block: the weight's values and scales serve both products.
         grad_x = _fp8_gemm(g_q, g_s, w_q_NK.t().contiguous(), w_s.t().contiguous(), x_dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = _fp8_gemm_wgrad(g_q_NM, g_s_NM, x_q_KM, x_s, weight_dtype)
-    return grad_x, grad_weight, None
+    return grad_x, grad_weight, None, None
 
 
 _fp8_linear = operator(
     "fp8",
-    "fp8_linear(Tensor x_MK, Tensor weight_NK, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fp8_linear(Tensor x_MK, Tensor weight_NK, bool keep_x, bool keep_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_fake,
     _linear_save,
     _linear_backward,
@@ -144,8 +144,9 @@ def _check_source(name: str, x: Tensor) -> None:
 def quantize_1x128(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """(q e4m3 (M, K), scales float32 (M, ceil(K / 128))), one scale for 128 neighbours of a row: x ~ q * scale.
 
-    The scales lie column by column, as the products read them; those take them in any order. power_of_two rounds them
-    up to powers of two. Raises ValueError if x is not a floating matrix.
+    The scales lie column by column and rows of q begin at multiples of 16 bytes, as the products read them; those take
+    them in any order. power_of_two rounds the scales up to powers of two. Raises ValueError if x is not a floating
+    matrix.
     """
     _check_source("x_MK", x_MK)
     return _quantize_1x128(x_MK.detach(), power_of_two)
@@ -177,8 +178,9 @@ def swiglu_quantize(
     _check_source("gate_up_MF", gate_up_MF)
     require(gate_up_MF.shape[1] % 2 == 0, "gate_up_MF", gate_up_MF, "an even last axis")
     require(
-        weights_M is None or (weights_M.shape == gate_up_MF.shape[:1] and weights_M.device == gate_up_MF.device),
-        "weights_M", weights_M, f"a ({gate_up_MF.shape[0]},) tensor on {gate_up_MF.device}",
+        weights_M is None or (weights_M.shape == gate_up_MF.shape[:1] and weights_M.is_floating_point()
+                              and weights_M.device == gate_up_MF.device),
+        "weights_M", weights_M, f"a floating ({gate_up_MF.shape[0]},) tensor on {gate_up_MF.device}",
     )  # fmt: skip
     return _swiglu_quantize(gate_up_MF.detach(), None if weights_M is None else weights_M.detach(), power_of_two)
 
@@ -202,9 +204,11 @@ def _check(name: str, q: Tensor, scales_name: str, scales: Tensor, rows: int, le
     )  # fmt: skip
 
 
-def _check_pair(a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, b_rows: int, names: tuple[str, str]) -> None:
+def _check_pair(
+    a_q: Tensor, a_s: Tensor, b_q: Tensor, b_s: Tensor, b_rows: int, names: tuple[str, str], lead: tuple[int, ...] = ()
+) -> None:
     _check(names[0], a_q, "a_s", a_s, 1)
-    _check(names[1], b_q, "b_s", b_s, b_rows, tuple(b_q.shape[:-2]))
+    _check(names[1], b_q, "b_s", b_s, b_rows, lead)
     require(b_q.shape[-1] == a_q.shape[1] and b_q.device == a_q.device, names[1], b_q, f"a last axis of {a_q.shape[1]}")
 
 
@@ -238,10 +242,10 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], like: Tensor) -> 
     )  # fmt: skip
 
 
-def _check_counts(counts: Tensor) -> None:
+def _check_counts(counts: Tensor, like: Tensor) -> None:
     require(
-        counts.dim() == 1 and counts.dtype in (torch.int32, torch.int64),
-        "tokens_per_expert_E", counts, "an integer (E,) tensor",
+        counts.dim() == 1 and counts.dtype in (torch.int32, torch.int64) and counts.device == like.device,
+        "tokens_per_expert_E", counts, f"an int32 or int64 (E,) tensor on {like.device}",
     )  # fmt: skip
 
 
@@ -254,9 +258,10 @@ def fp8_grouped_gemm(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """a[rows of e] @ b[e].T for every expert e: (P, N). b_s is (E, ceil(N / 128), ceil(K / 128)); any group sizes."""
-    _check_pair(a_q_PK, a_s, b_q_ENK, b_s, BLOCK, ("a_q_PK", "b_q_ENK"))
-    _check_counts(tokens_per_expert_E)
-    require(b_q_ENK.shape[0] == len(tokens_per_expert_E), "b_q_ENK", b_q_ENK, f"{len(tokens_per_expert_E)} experts")
+    _check_counts(tokens_per_expert_E, a_q_PK)
+    E = len(tokens_per_expert_E)
+    require(b_q_ENK.dim() == 3 and len(b_q_ENK) == E, "b_q_ENK", b_q_ENK, f"an ({E}, N, K) tensor")
+    _check_pair(a_q_PK, a_s, b_q_ENK, b_s, BLOCK, ("a_q_PK", "b_q_ENK"), (E,))
     return _fp8_grouped_gemm(a_q_PK, a_s, b_q_ENK, b_s, tokens_per_expert_E, out_dtype)
 
 
@@ -274,7 +279,7 @@ def fp8_grouped_gemm_wgrad(
     padding and no count of blocks an expert is needed.
     """
     _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
-    _check_counts(tokens_per_expert_E)
+    _check_counts(tokens_per_expert_E, a_q_NP)
     return _fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
 
 
@@ -283,7 +288,7 @@ def fp8_grouped_gemm_wgrad_(
 ) -> None:
     """out += fp8_grouped_gemm_wgrad of the rest: added to a main gradient, contiguous and floating, float32 say."""
     _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
-    _check_counts(tokens_per_expert_E)
+    _check_counts(tokens_per_expert_E, a_q_NP)
     _check_out("out_ENK", out_ENK, (len(tokens_per_expert_E), len(a_q_NP), len(b_q_KP)), a_q_NP)
     _fp8_grouped_gemm_wgrad_(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E)
 
@@ -300,8 +305,10 @@ def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
         and weight_NK.device == x.device,
         "weight_NK", weight_NK, f"a floating (N, {x.shape[-1]}) tensor on {x.device}",
     )  # fmt: skip
-    keep = torch.is_grad_enabled() and (x.requires_grad or weight_NK.requires_grad)
-    return _fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, keep)[0].unflatten(0, x.shape[:-1])
+    grad = torch.is_grad_enabled()
+    keep_x, keep_weight = grad and weight_NK.requires_grad, grad and x.requires_grad
+    y_MN = _fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, keep_x, keep_weight)[0]
+    return y_MN.view(*x.shape[:-1], len(weight_NK))
 
 
 __all__ = [

@@ -17,13 +17,24 @@ LARGEST = 448.0  # of e4m3
 def scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
     """amax / 448 as float32, 1 for a block of zeros; never 0, a denormal or infinite."""
     limits = torch.finfo(torch.float32)
-    scale = (amax / LARGEST).clamp(limits.tiny, limits.max)
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which may differ in the last bit.
+    scale = (amax / amax.new_full((), LARGEST)).clamp(limits.tiny, limits.max)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         # frexp gives 0.5 <= mantissa < 1: the next power of two, or the number itself.
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(max=127)
         scale = torch.ldexp(torch.ones_like(scale), exponent)
     return torch.where(amax == 0, 1.0, scale)
+
+
+def values_like(x: Tensor, M: int, K: int) -> Tensor:
+    """Room for (M, K) e4m3 values, rows beginning at multiples of 16 bytes: bulk copies want that."""
+    return x.new_empty((M, (K + 15) // 16 * 16), dtype=torch.float8_e4m3fn)[:, :K]
+
+
+def row_scales_like(x: Tensor, M: int, K: int) -> Tensor:
+    """Room for the (M, ceil(K / 128)) scales of rows, block by block in memory."""
+    return x.new_empty(((K + BLOCK - 1) // BLOCK, M), dtype=torch.float32).t()
 
 
 def _blocked(x_MK: Tensor, rows: int, columns: int) -> Tensor:
@@ -41,12 +52,12 @@ def _quantize(x_MK: Tensor, rows: int, columns: int, power_of_two: bool) -> tupl
     scale = scales_of(amax, power_of_two)
     # Clamp before the cast: it saturates, and NaN passes through.
     q = (x / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return q.view(x.shape[0] * rows, x.shape[2] * columns)[:M, :K].contiguous(), scale
+    q = values_like(x, M, K).copy_(q.view(x.shape[0] * rows, x.shape[2] * columns)[:M, :K])
+    return q, row_scales_like(x, M, K).copy_(scale) if rows == 1 else scale
 
 
 def quantize_1x128(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    q, scales = _quantize(x_MK, 1, BLOCK, power_of_two)
-    return q, scales.t().contiguous().t()
+    return _quantize(x_MK, 1, BLOCK, power_of_two)
 
 
 def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -67,7 +78,7 @@ def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: tor
     M, K = q_MK.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spread = scales.to(wide).repeat_interleave(rows, 0)[:M].repeat_interleave(columns, 1)[:, :K]
-    return (q_MK.to(wide) * spread).to(dtype)
+    return (q_MK.to(wide) * spread).to(dtype).contiguous()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -113,10 +124,16 @@ def fp8_grouped_gemm_wgrad_(
     out_ENK.add_(fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, _wide(out_ENK.dtype)))
 
 
-def fp8_linear(x_MK: Tensor, weight_NK: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, then for the backward: x transposed and quantised along M, its scales, the weight's values and scales)."""
-    w_q, w_s = quantize_128x128(weight_NK, False)
-    y = fp8_gemm(*quantize_1x128(x_MK, False), w_q, w_s, x_MK.dtype)
-    if not keep:
-        return y, w_q.new_empty(0, 0), w_s.new_empty(0, 0), w_q.new_empty(0, 0), w_s.new_empty(0, 0)
-    return y, *quantize_1x128(x_MK.t(), False), w_q, w_s
+def fp8_linear(
+    x_MK: Tensor, weight_NK: Tensor, keep_x: bool, keep_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, then for the backward or empty: x transposed and quantised along M, its scales, the weight's values and
+    scales)."""
+    weight = quantize_128x128(weight_NK, False)
+    y = fp8_gemm(*quantize_1x128(x_MK, False), *weight, x_MK.dtype)
+    across = quantize_1x128(x_MK.t(), False) if keep_x else nothing(x_MK)
+    return y, *across, *(weight if keep_weight else nothing(x_MK))
+
+
+def nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((0, 0), dtype=torch.float8_e4m3fn), x.new_empty((0, 0), dtype=torch.float32)

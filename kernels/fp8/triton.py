@@ -32,16 +32,17 @@ def _quantize(
     x = x_MK.float() if x_MK.dtype == torch.float64 else x_MK
     M, K = x.shape[0], x.shape[1] // 2 if swiglu else x.shape[1]
     row_blocks, blocks = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
-    values = lambda *shape: x.new_empty(shape, dtype=torch.float8_e4m3fn)
-    scales = lambda *shape: x.new_empty(shape, dtype=torch.float32)
-    q, s = values(M, K), scales(row_blocks, blocks) if square else scales(blocks, M).t()
-    q_across, s_across = (values(K, M), scales(row_blocks, K).t()) if across else (q, s)
+    values, scales = reference.values_like, reference.row_scales_like
+    q = values(x, M, K)
+    s = x.new_empty((row_blocks, blocks), dtype=torch.float32) if square else scales(x, M, K)
+    q_across, s_across = (values(x, K, M), scales(x, K, M)) if across else (q, s)
     if M * K:
         rows = BLOCK if square or across else ROWS
         quantisers.quantize_kernel[(triton.cdiv(M, rows), blocks)](
-            x, x.stride(0), x.stride(1), x if weights_M is None else weights_M.contiguous(), q, s, q_across, s_across,
-            M, K, SWIGLU=swiglu, WEIGHTED=weights_M is not None, POWER_OF_TWO=power_of_two, SQUARE=square,
-            ACROSS=across, ROWS=rows, BLOCK=BLOCK, num_warps=8 if rows == BLOCK else 4,
+            x, x.stride(0), x.stride(1), x if weights_M is None else weights_M.contiguous(), q, q.stride(0), s,
+            q_across, q_across.stride(0), s_across, M, K, SWIGLU=swiglu, WEIGHTED=weights_M is not None,
+            POWER_OF_TWO=power_of_two, SQUARE=square, ACROSS=across,
+            ROWS=rows, BLOCK=BLOCK, num_warps=8 if rows == BLOCK else 4,
         )  # fmt: skip
     else:
         s.fill_(1.0)
@@ -164,14 +165,15 @@ def _grouped_wgrad(
     return out
 
 
-def fp8_linear(x_MK: Tensor, weight_NK: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fp8_linear(
+    x_MK: Tensor, weight_NK: Tensor, keep_x: bool, keep_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As in reference.py; one read of x makes both of its copies."""
-    w_q, w_s = quantize_128x128(weight_NK, False)
-    x_q, x_s, x_q_KM, x_s_KM = _quantize(x_MK, False, across=keep)
-    y = fp8_gemm(x_q, x_s, w_q, w_s, x_MK.dtype)
-    if not keep:
-        return y, w_q.new_empty(0, 0), w_s.new_empty(0, 0), w_q.new_empty(0, 0), w_s.new_empty(0, 0)
-    return y, x_q_KM, x_s_KM, w_q, w_s
+    weight = quantize_128x128(weight_NK, False)
+    x_q, x_s, *across = _quantize(x_MK, False, across=keep_x)
+    y = fp8_gemm(x_q, x_s, *weight, x_MK.dtype)
+    x_q_KM, x_s_KM = across if keep_x else reference.nothing(x_MK)
+    return y, x_q_KM, x_s_KM, *(weight if keep_weight else reference.nothing(x_MK))
 
 
 __all__ = [

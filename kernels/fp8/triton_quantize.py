@@ -36,7 +36,8 @@ def to_e4m3(x, scale):
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, row_stride, column_stride, weights_ptr, q_ptr, scales_ptr, across_ptr, across_scales_ptr, M, K,
+    x_ptr, row_stride, column_stride, weights_ptr, q_ptr, q_stride, scales_ptr, across_ptr, across_stride,
+    across_scales_ptr, M, K,
     SWIGLU: tl.constexpr, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr,
     ACROSS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +51,8 @@ def quantize_kernel(
     where = x_ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
     x = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     if SWIGLU:
-        up = tl.load(where + K * column_stride, mask=mask, other=0.0).to(tl.float32)
+        beside = x_ptr + rows[:, None] * row_stride + (columns + K)[None, :] * column_stride
+        up = tl.load(beside, mask=mask, other=0.0).to(tl.float32)
         x = x / (1.0 + tl.exp(-x)) * up
         if WEIGHTED:
             x *= tl.load(weights_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
@@ -59,7 +61,7 @@ def quantize_kernel(
     if SQUARE:
         amax = tl.broadcast_to(tl.max(amax, 0, keep_dims=True), (ROWS,))
     scale = scale_of(amax, POWER_OF_TWO)
-    tl.store(q_ptr + rows[:, None] * K + columns[None, :], to_e4m3(x, scale[:, None]), mask=mask)
+    tl.store(q_ptr + rows[:, None] * q_stride + columns[None, :], to_e4m3(x, scale[:, None]), mask=mask)
     if SQUARE:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, ROWS)
         tl.store(scales_ptr + place, scale, mask=tl.arange(0, ROWS) == 0)
@@ -68,5 +70,5 @@ def quantize_kernel(
     if ACROSS:
         scale = scale_of(tl.max(size, 0), POWER_OF_TWO)
         across = tl.trans(to_e4m3(x, scale[None, :]))
-        tl.store(across_ptr + columns[:, None] * M + rows[None, :], across, mask=tl.trans(mask))
+        tl.store(across_ptr + columns[:, None] * across_stride + rows[None, :], across, mask=tl.trans(mask))
         tl.store(across_scales_ptr + tl.program_id(0).to(tl.int64) * K + columns, scale, mask=columns < K)

@@ -41,7 +41,7 @@ def test_forcing_a_backend_for_one_family(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="R1_KERNELS is 'fast', wanted one of"):
         r1.kernels.rms_norm(x, weight)
     monkeypatch.setenv("R1_KERNELS", "norms=torch")
-    with pytest.raises(ValueError, match="R1_KERNELS names the family 'norms', wanted fp8, grpo"):
+    with pytest.raises(ValueError, match="R1_KERNELS names the family 'norms', wanted fp8, grpo, mla"):
         r1.kernels.rms_norm(x, weight)
     monkeypatch.setenv("R1_KERNELS", "grpo=triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -17,6 +17,7 @@ from r1.kernels import (
     fp8_linear,
     quantize_1x128,
     quantize_128x128,
+    swiglu_quantize,
 )
 from tests.kernels.helpers import leaf
 
@@ -162,19 +163,26 @@ def test_linear(seed: int) -> None:
     plain = torch.autograd.grad((x @ w.t() * up).sum(), (x, w))
     for got, want in zip((dx, dw), plain):
         assert 1 - torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0) < 2e-3
+    for leaves, want in (((x.detach(), w), dw), ((x, w.detach()), dx)):
+        (alone,) = torch.autograd.grad((fp8_linear(*leaves) * up).sum(), [y for y in leaves if y.requires_grad])
+        assert torch.equal(alone, want)
     with torch.no_grad():
         assert torch.equal(fp8_linear(x, w), y)
+        assert fp8_linear(x[0, 0], w).shape == (135,)
 
 
 def test_library_checks_and_compile(seed: int) -> None:
     # opcheck's comparison knows no float8; the operators are checked for everything else.
     checks = ("test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.r1.fp8_linear.default, (leaf(3, 130), leaf(5, 130), True), test_utils=checks)
+    torch.library.opcheck(torch.ops.r1.fp8_linear.default, (leaf(3, 130), leaf(5, 130), True, True), test_utils=checks)
     for op in (torch.ops.r1.quantize_1x128.default, torch.ops.r1.quantize_128x128.default):
         torch.library.opcheck(op, (torch.randn(3, 130), False), test_utils=checks)
     (aq, a_s), (bq, b_s) = quantize_1x128(torch.randn(3, 130)), quantize_128x128(torch.randn(5, 130))
     for op, args in (
         (torch.ops.r1.dequantize.default, (aq, a_s, 1, 128, torch.float32)),
+        (torch.ops.r1.dequantize.default, (bq.t(), b_s.t(), 128, 128, torch.float32)),
+        (torch.ops.r1.quantize_both.default, (torch.randn(3, 130), False)),
+        (torch.ops.r1.swiglu_quantize.default, (torch.randn(3, 260), torch.rand(3), False)),
         (torch.ops.r1.fp8_gemm.default, (aq, a_s, bq, b_s, torch.bfloat16)),
         (torch.ops.r1.fp8_gemm_wgrad.default, (aq, a_s, aq, a_s, torch.float32)),
         (
@@ -220,6 +228,12 @@ def test_bad_input() -> None:
         fp8_gemm_wgrad_(torch.zeros(3, 4), q, s, q, s)
     with bad(r"out_ENK is a \(1, 3, 3\) tensor of int64"):
         fp8_grouped_gemm_wgrad_(torch.zeros(1, 3, 3, dtype=torch.int64), q, s, q, s, torch.tensor([130]))
+    with bad(r"b_q_NK is a \(1, 3, 130\) tensor"):
+        fp8_gemm(q, s, q[None], s[None])
+    with bad(r"b_q_ENK is a \(3, 130\) tensor.*wanted an \(2, N, K\)"):
+        fp8_grouped_gemm(q, s, q, s, torch.tensor([1, 2]))
+    with bad(r"weights_M is a \(3,\) tensor of int64"):
+        swiglu_quantize(torch.randn(3, 4), torch.ones(3, dtype=torch.int64))
     with bad("tokens_per_expert_E is"):
         fp8_grouped_gemm_wgrad(q, s, q, s, torch.tensor([1, 2]))
     with bad(r"weight_NK is a \(2, 5\)"):

@@ -85,10 +85,19 @@ def test_swiglu_quantize(device: str, shape: tuple[int, int], power_of_two: bool
 
 
 def close(got: Tensor, want: Tensor, terms: Tensor) -> None:
-    """Within the rounding of the result's type, and of float32 sums of what the terms' sizes add up to."""
-    step = torch.finfo(got.dtype).eps
+    """Within the rounding of the result's type, and of sums of what the terms' sizes add up to: float32 sums in the
+    interpreter, and on a GPU ones in which 128 products were aligned to their largest with some 13 bits."""
+    step, sums = torch.finfo(got.dtype).eps, 5e-4 if got.is_cuda else 2e-6
     error = (got.double() - want).abs()
-    assert (error <= step * want.abs() + 2e-6 * terms + 1e-30).all(), f"{(error / (terms + 1e-30)).max():.1e} of terms"
+    assert (error <= step * want.abs() + sums * terms + 1e-30).all(), f"{(error / (terms + 1e-30)).max():.1e} of terms"
+
+
+def test_long_sums_are_not_the_matrix_units(device: str) -> None:
+    """Of numbers of one sign: an error that grew with K would be of 1e-2 here."""
+    K = 1024 if device == "cpu" else 65536
+    a, b = (quantize_1x128(1 + torch.rand(32, K, device=device)) for _ in range(2))
+    want = exact(a, 1) @ exact(b, 1).t()
+    assert ((fp8_gemm_wgrad(*a, *b).double() - want).abs() / want).max() < 1e-3
 
 
 def problem(device: str, M: int, N: int, K: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -155,7 +164,7 @@ def test_grouped_gemms(device: str, counts: list[int]) -> None:
         fp8_grouped_gemm_wgrad_(added, *g_across, *a_across, n)
         assert torch.equal(added[n == 0], main[n == 0])
         if dtype == torch.float32:
-            torch.testing.assert_close(added - main, dw, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(added - main, dw, atol=2e-3 if added.is_cuda else 1e-4, rtol=1e-5)
 
 
 def test_what_lies_beside_is_not_read(device: str) -> None:
