@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 install: $(READY)
 
 # torch comes first and on its own, so that no later package chooses another build of it.
-$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "r1 needs Python >= 3.11; name one: make PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q $(TORCH); }

@@ -1,22 +1,21 @@
-// r1._cuda: what the CUDA runtime says of this machine's devices.
+// r1._cuda: what the CUDA runtime says of this machine's devices, and the kernels' launches.
 //
 // Nothing here may include torch: functions take plain numbers, so that one build serves every torch. The extension
 // imports on a machine with no driver, where device_count() is 0 and status() says why.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
+#include <tuple>
+
+#include "fp8/fp8.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
 namespace {
 
-void check(cudaError_t error, const char *call) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
-  }
-}
+using r1::check;
 
 int device_count() {
   int count = 0;
@@ -73,6 +72,43 @@ int driver_version() {
   return version;
 }
 
+template <class Pointer>
+Pointer pointer(uintptr_t address) {
+  return reinterpret_cast<Pointer>(address);
+}
+
+// An operand's scales: their address and the elements from one row, and from one block of 128 columns, to the next.
+using ScaleArguments = std::tuple<uintptr_t, int64_t, int64_t>;
+
+void fp8_gemm(const std::string &groups, bool square, bool accumulate, bool bfloat16, int rows, int columns, int depth,
+              std::tuple<uintptr_t, int64_t> a, ScaleArguments a_scales, std::tuple<uintptr_t, int64_t> b,
+              ScaleArguments b_scales, int64_t b_scales_per_expert, uintptr_t out, int experts,
+              uintptr_t tokens_per_expert, bool wide_counts, int tile, uintptr_t stream) {
+  using namespace r1::fp8;
+  Product product{};
+  product.groups = groups == "rows" ? Groups::ROWS : groups == "depth" ? Groups::DEPTH : Groups::NONE;
+  product.square = square;
+  product.accumulate = accumulate;
+  product.out_type = bfloat16 ? OutType::BFLOAT16 : OutType::FLOAT32;
+  product.problem = {rows, columns, depth, experts, pointer<const void *>(tokens_per_expert), wide_counts};
+  product.a = {pointer<const void *>(std::get<0>(a)), std::get<1>(a)};
+  product.b = {pointer<const void *>(std::get<0>(b)), std::get<1>(b)};
+  const auto [a_address, a_row, a_block] = a_scales;
+  const auto [b_address, b_row, b_block] = b_scales;
+  product.scales = {pointer<const float *>(a_address),
+                    pointer<const float *>(b_address),
+                    a_row,
+                    a_block,
+                    b_scales_per_expert,
+                    b_row,
+                    b_block};
+  product.out = pointer<void *>(out);
+  product.tile = tile;
+  product.stream = pointer<cudaStream_t>(stream);
+  py::gil_scoped_release release;
+  multiply(product);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -84,4 +120,11 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("status", &status, "\"ok\", or the CUDA runtime's reason why there are no devices.");
   module.def("runtime_version", &runtime_version, "CUDA runtime this was built with, e.g. 13000.");
   module.def("driver_version", &driver_version, "Newest CUDA version the driver supports; 0 with no driver.");
+  module.def("fp8_gemm", &fp8_gemm, py::kw_only(), py::arg("groups"), py::arg("square"), py::arg("accumulate"),
+             py::arg("bfloat16"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
+             py::arg("a_scales"), py::arg("b"), py::arg("b_scales"), py::arg("b_scales_per_expert"), py::arg("out"),
+             py::arg("experts"), py::arg("tokens_per_expert"), py::arg("wide_counts"), py::arg("tile"),
+             py::arg("stream"),
+             "Launches out = a @ b.T of block-scaled e4m3 (csrc/fp8/gemm.h) on device pointers, unchecked: "
+             "r1.kernels.fp8 is the checked way. RuntimeError where there is no driver or the launch fails.");
 }

@@ -29,9 +29,11 @@ _proven: dict[tuple[str, str], frozenset[str]] = {}
 def register(family: str, backend: str, module: ModuleType | str, proven_on: tuple[str, ...]) -> None:
     """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it.
 
-    A module given by its name is imported when it is first wanted. Triton's are left out where Triton is not installed.
+    A module given by its name is imported when it is first wanted. Left out are Triton's where Triton is not installed,
+    and CUDA's where r1._cuda was not built.
     """
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    needs = {"triton": ("triton",), "cuda": ("triton", "r1._cuda")}.get(backend, ())
+    if any(importlib.util.find_spec(package) is None for package in needs):
         return
     _implementations.setdefault(family, {})[backend] = module
     _proven[family, backend] = frozenset(proven_on)

@@ -17,6 +17,7 @@ from r1.kernels.fp8 import reference
 
 register("fp8", "torch", reference, proven_on=("cpu", "cuda"))
 register("fp8", "triton", "r1.kernels.fp8.triton", proven_on=())
+register("fp8", "cuda", "r1.kernels.fp8.cuda", proven_on=())
 
 BLOCK = reference.BLOCK
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
