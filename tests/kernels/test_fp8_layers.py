@@ -75,13 +75,12 @@ def check_rms_norm(device: str, M: int, H: int) -> None:
     for source, power_of_two in ((x, False), (x.bfloat16(), True), (x.t().contiguous().t(), False)):
         *copies, inverse_rms = rms_norm_quantize(source, weight, 1e-5, power_of_two)
         wide = source.double()
-        torch.testing.assert_close(
-            inverse_rms.double(), (wide.square().mean(1, True) + 1e-5).rsqrt(), atol=0, rtol=1e-6
-        )
+        exact = (wide.square().mean(1, True) + 1e-5).rsqrt()
+        torch.testing.assert_close(inverse_rms.double(), exact, atol=0, rtol=1e-6)
         # What is quantised is made of the inverse that is returned, in float32.
         want = quantize_both(source.float() * inverse_rms * weight, power_of_two)
         assert all(same(a, b) for a, b in zip(copies, want, strict=True))
-        within_a_step([y.cpu() for y in copies], rms_norm(wide, weight.double(), 1e-5).cpu())
+        within_a_step([y.cpu() for y in copies], (wide * exact * weight).cpu())
 
 
 def experts(device: str, counts: list[int], H: int, F: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +97,8 @@ def experts(device: str, counts: list[int], H: int, F: int) -> tuple[Tensor, Ten
 
 def check_experts(device: str, counts: list[int], H: int, F: int, dtype: torch.dtype, weighted: bool) -> None:
     """Against moe_mlp in float64. An e4m3 number is off by 2.6 % on average, so that a product of two has 1 - cosine
-    of 7e-4; two of them follow one another forward, and four to the gradient of x. Few large numbers may spread that."""
+    of 7e-4; two of them follow one another forward, and four to the gradient of x. Few large numbers
+    may spread that."""
     x, n, gate_up, down, weights = experts(device, counts, H, F)
     leaves = [y.detach().to(dtype).requires_grad_() for y in (x, gate_up, down)]
     leaves += [weights.detach().requires_grad_()] if weighted else []
@@ -167,6 +167,9 @@ def test_swiglu_backward(seed: int, M: int, F: int) -> None:
 @pytest.mark.parametrize(("M", "H"), [(130, 257), (1, 1), (0, 64), (37, 128)])
 def test_rms_norm(seed: int, M: int, H: int) -> None:
     check_rms_norm("cpu", M, H)
+    x, weight = torch.randn(M, H), torch.rand(H)
+    *copies, _ = rms_norm_quantize(x, weight)
+    assert all(same(a, b) for a, b in zip(copies, quantize_both(rms_norm(x, weight)), strict=True))
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
