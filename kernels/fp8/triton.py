@@ -78,10 +78,11 @@ def swiglu_quantize(gate_up_MF: Tensor, weights_M: Tensor | None, across: bool, 
 def swiglu_backward_quantize(
     grad_MF: Tensor, gate_up_MF: Tensor, weights_M: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As in reference.py; where a block would hold the last of gate and the first of up, not from one read."""
+    """As in reference.py. Not from one read where a block would hold the last of gate and the first of up, nor of
+    float32, for which there are not enough registers."""
     grad, x = _narrowed(grad_MF), _narrowed(gate_up_MF)
     M, F = grad.shape
-    if F % BLOCK:
+    if F % BLOCK or 4 in (grad.element_size(), x.element_size()):
         weights = None if weights_M is None else weights_M.float()
         grad_gate_up, grad_weights = swiglu_backward(grad.float(), x.float(), weights)
         return *quantize_both(grad_gate_up, power_of_two), grad_weights

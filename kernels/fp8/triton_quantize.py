@@ -40,18 +40,23 @@ def put(
     POWER_OF_TWO: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stores x, the tile of (M, K) that begins at row and column and is 128 wide: one scale for each of its rows.
-    ACROSS, it is 128 high: the transposed copy (K, M) too, one scale for a column. Scales lie block by block."""
-    rows, columns = row + tl.arange(0, x.shape[0]), column + tl.arange(0, BLOCK)
-    mask = (rows < M)[:, None] & (columns < K)[None, :]
+    ACROSS, it is 128 high: the transposed copy (K, M) too, one scale for a column. Scales lie block by block.
+
+    Where something goes is told within the tile, in 32 bits: 64 would take registers that there are not."""
+    i, j = tl.arange(0, x.shape[0]), tl.arange(0, BLOCK)
+    in_rows, in_columns = i < (M - row).to(tl.int32), j < (K - column).to(tl.int32)
+    mask = in_rows[:, None] & in_columns[None, :]
     size = magnitude(x)
     scale = scale_of(tl.max(size, 1), POWER_OF_TWO)
-    tl.store(q_ptr + rows[:, None] * q_stride + columns[None, :], to_e4m3(x, scale[:, None]), mask=mask)
-    tl.store(scales_ptr + column // BLOCK * M + rows, scale, mask=rows < M)
+    q = to_e4m3(x, scale[:, None])
+    tl.store(q_ptr + row * q_stride + column + (i[:, None] * q_stride + j[None, :]), q, mask=mask)
+    tl.store(scales_ptr + column // BLOCK * M + row + i, scale, mask=in_rows)
     if ACROSS:
         scale = scale_of(tl.max(size, 0), POWER_OF_TWO)
-        across = tl.trans(to_e4m3(x, scale[None, :]))
-        tl.store(across_ptr + columns[:, None] * across_stride + rows[None, :], across, mask=tl.trans(mask))
-        tl.store(across_scales_ptr + row // BLOCK * K + columns, scale, mask=columns < K)
+        q = tl.trans(to_e4m3(x, scale[None, :]))
+        where = across_ptr + column * across_stride + row + (j[:, None] * across_stride + i[None, :])
+        tl.store(where, q, mask=tl.trans(mask))
+        tl.store(across_scales_ptr + row // BLOCK * K + column + j, scale, mask=in_columns)
 
 
 @triton.jit
@@ -94,23 +99,27 @@ def swiglu_backward_quantize_kernel(
     registers than there are.
     """
     half, row, column = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK, tl.program_id(2).to(tl.int64) * BLOCK
-    rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
-    mask = (rows < M)[:, None] & (columns < F)[None, :]
-    where = x_ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
-    grad_where = grad_ptr + rows[:, None] * grad_row_stride + columns[None, :] * grad_column_stride
-    gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_where, mask=mask, other=0.0).to(tl.float32)
+    i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    in_rows = i < (M - row).to(tl.int32)
+    mask = in_rows[:, None]
+    up_ptr = x_ptr + row * row_stride + (column + F) * column_stride
+    x_ptr += row * row_stride + column * column_stride
+    grad_ptr += row * grad_row_stride + column * grad_column_stride
+    where = i[:, None] * row_stride + j[None, :] * column_stride
+    grad_where = i[:, None] * grad_row_stride + j[None, :] * grad_column_stride
+    gate = tl.load(x_ptr + where, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + grad_where, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     if half == 0:
-        grad *= tl.load(where + F * column_stride, mask=mask, other=0.0).to(tl.float32)
+        grad *= tl.load(up_ptr + where, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             part = tl.sum(grad * (gate * sigmoid), 1)
-            tl.store(sums_ptr + tl.program_id(2).to(tl.int64) * M + rows, part, mask=rows < M)
+            tl.store(sums_ptr + tl.program_id(2).to(tl.int64) * M + row + i, part, mask=in_rows)
         x = grad * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     else:
         x = grad * (gate * sigmoid)
     if WEIGHTED:
-        x *= tl.load(weights_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        x *= tl.load(weights_ptr + row + i, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     put(
         x, row, column + half * F, M, 2 * F, q_ptr, q_stride, scales_ptr, across_ptr, across_stride,
         across_scales_ptr, POWER_OF_TWO, True, BLOCK,

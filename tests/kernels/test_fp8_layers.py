@@ -52,7 +52,11 @@ def check_weight(device: str) -> None:
 def check_swiglu_backward(device: str, M: int, F: int) -> None:
     gate_up = torch.randn(M, 2 * F, dtype=F64) * 2.0 ** torch.randint(-4, 5, (M, 1))
     grad, weights = torch.randn(M, F, dtype=F64), torch.rand(M, dtype=F64)
-    for dtype, scale, power_of_two in ((torch.float32, None, False), (torch.bfloat16, weights, True)):
+    for dtype, scale, power_of_two in (
+        (torch.float32, None, False),
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, weights, True),
+    ):
         x, g = gate_up.to(device, dtype), grad.to(device, dtype)
         w = None if scale is None else scale.to(device, torch.float32)
         exact = [None if y is None else y.double().cpu().requires_grad_() for y in (x, w)]

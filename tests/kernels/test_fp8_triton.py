@@ -282,10 +282,12 @@ def v3_launches() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             a, b = (values(T, K), scales(T, K)), (values(N, K), square(N, K))
             fp8.fp8_gemm(*a, *b, dtype)
+        fp8.fp8_gemm(*a, b[0], square(K, N).t(), torch.bfloat16)
         across = values(N, T), scales(N, T), values(K, T), scales(K, T)
         fp8.fp8_gemm_wgrad(*across, torch.float32)
         fp8.fp8_gemm_wgrad_(torch.empty(N, K), *across)
     fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, N, K), counts, torch.bfloat16)
+    fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, K, N).transpose(1, 2), counts, torch.bfloat16)
     fp8.fp8_grouped_gemm_wgrad(*across, counts, torch.float32)
     fp8.fp8_grouped_gemm_wgrad_(torch.empty(E, N, K), *across, counts)
 
