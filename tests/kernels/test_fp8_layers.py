@@ -120,7 +120,7 @@ def check_experts(device: str, counts: list[int], H: int, F: int, dtype: torch.d
             angle = 1 - torch.nn.functional.cosine_similarity(a.double().flatten(), b.flatten(), dim=0)
             print(f"1 - cosine {angle:.1e}")
             assert angle < 1e-2
-            assert (a.double().norm() / b.norm() - 1).abs() < 0.02
+            assert (a.double().norm() / b.norm() - 1).abs() < 0.05
     for gradient in got[2:4]:
         assert gradient[n == 0].eq(0).all()
     quantized = tuple(quantize_weight(y) for y in leaves[1:3])
