@@ -71,7 +71,7 @@ def implementation(family: str, device: torch.device) -> ModuleType:
 
 
 def operator(
-    family: str,
+    family: str | None,
     schema: str,
     fake: Callable[..., Any],
     save: Callable[[Any, tuple, Any], None] | None = None,
@@ -79,13 +79,16 @@ def operator(
 ) -> Any:
     """Defines r1::<name> from its schema and returns it. Calling it runs the chosen implementation's <name>.
 
-    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` the gradients.
+    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` the gradients. With
+    no family it is made of other operators, and `fake`, which calls them, is what runs.
     Library.define costs a fifth of what torch.library.custom_op does per call, which counts for the small model.
     Schemas carry no default values: callers pass every argument.
     """
     name = schema.split("(")[0]
 
     def run(*arguments: Any) -> Any:
+        if family is None:
+            return fake(*arguments)
         device = _device(arguments)
         function = getattr(implementation(family, device), name)
         if device.type != "cuda":
@@ -122,9 +125,11 @@ def require(holds: bool, argument: str, value: object, wanted: str) -> None:
 
 
 def describe(value: object) -> str:
-    """A tensor by its shape, type and device; anything else as it prints."""
+    """A tensor by its shape, type and device; a tuple by its parts; anything else as it prints."""
     if isinstance(value, Tensor):
         return f"a {tuple(value.shape)} tensor of {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(describe, value))})"
     return repr(value)
 
 
