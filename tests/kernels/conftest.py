@@ -1,4 +1,4 @@
-"""Where the Triton kernels' tests run: interpreted on the CPU, or on a GPU."""
+"""Where the kernels' tests run: Triton's interpreted on the CPU, or on a GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def backend() -> str:
+    return "triton"
+
+
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
-    """Where the tensors lie. Every operator called runs the Triton kernels, and memory they get is full of NaN."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int, backend: str) -> Iterator[str]:
+    """Where the tensors lie. Every operator called runs the backend's kernels, and memory they get is full of NaN."""
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("kernels are interpreted only where there is no GPU")
-    monkeypatch.setenv("R1_KERNELS", "triton")
+    if request.param == "cpu" and backend == "cuda":
+        pytest.skip("CUDA C++ runs on a GPU; tests/csrc runs its bodies on a CPU")
+    monkeypatch.setenv("R1_KERNELS", backend)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param
     torch.use_deterministic_algorithms(False)

@@ -42,6 +42,12 @@ from tests.kernels.test_fp8_layers import (
 F64 = torch.float64
 
 
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """On a GPU a second time, with the products in CUDA C++."""
+    return request.param
+
+
 def awkward(M: int, K: int, magnitude: float) -> Tensor:
     """Zeros, NaN and a row of nothing else among numbers of many sizes."""
     x = torch.randn(M, K) * magnitude * 2.0 ** torch.randint(-12, 12, (M, 1))
