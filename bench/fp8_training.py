@@ -1,0 +1,117 @@
+"""Whether training notices FP8: `python -m r1.bench.fp8_training [--steps N] [--rl-steps N] [--seeds N]`.
+
+- `pretrain`: the tiny preset's pretraining from the same weights on the same data in float32, in bfloat16, and in
+  bfloat16 with the products of linears and experts in FP8. The loss is the mean of the last 20 steps.
+- `r1_zero`: GRPO from one base, trained in float32, in the same three, for several seeds. The reward is the mean of the
+  last quarter of the steps, over all completions of the rollout, which are sampled in the same precision.
+
+On a CPU products in FP8 are emulated: the results are those of the recipe, the times say nothing. About an hour there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from r1.bench import _measure
+from r1.engine.config import load_config
+from r1.engine.logs import read_jsonl
+from r1.engine.settings import Config
+from r1.engine.stages import pretrain, r1_zero
+
+MODES = {
+    "float32": ["parallel.dtype=float32"],
+    "bfloat16": ["parallel.dtype=bfloat16"],
+    "bfloat16, FP8": ["parallel.dtype=bfloat16", "parallel.fp8=block"],
+}
+LAST = 20  # steps of pretraining that the loss is averaged over
+# What is measured is the training; the stages' own evaluation is kept short.
+SHORT = ["data.eval_prompts=8", "stages.evaluate.completions_per_prompt=1"]
+
+
+def pretrained(preset: str, mode: str, steps: int, folder: Path) -> tuple[_measure.Record, Config]:
+    settings = [*MODES[mode], *SHORT, f"run_dir={folder}", f"stages.pretrain.steps={steps}"]
+    config = load_config(preset, settings)
+    began = time.perf_counter()
+    pretrain.run(config)
+    seconds = time.perf_counter() - began
+    losses = [row["loss"] for row in read_jsonl(config.stage_dir("pretrain") / "metrics.jsonl")]
+    loss = statistics.fmean(losses[-LAST:])
+    return {"task": "pretrain", "name": mode, "loss": loss, "seconds": seconds, "losses": losses}, config
+
+
+def rewarded(preset: str, mode: str, seed: int, steps: int, base: Config, folder: Path) -> _measure.Record:
+    settings = [
+        *MODES[mode],
+        *SHORT,
+        f"run_dir={folder}",
+        f"seed={seed}",
+        f"tokenizer.path={Path(base.run_dir) / 'tokenizer.json'}",
+        f"stages.r1_zero.from={base.stage_dir('pretrain') / 'checkpoint'}",
+        f"stages.r1_zero.steps={steps}",
+    ]
+    config = load_config(preset, settings)
+    began = time.perf_counter()
+    r1_zero.run(config)
+    seconds = time.perf_counter() - began
+    rows = read_jsonl(config.stage_dir("r1_zero") / "metrics.jsonl")
+    rewards = [row["reward"] for row in rows]
+    return {
+        "task": "r1_zero",
+        "name": mode,
+        "seed": seed,
+        "reward": statistics.fmean(rewards[-max(1, steps // 4) :]),
+        "mismatch": max(row.get("mismatch", 0.0) for row in rows),
+        "seconds": seconds,
+        "rewards": rewards,
+    }
+
+
+def show(records: list[_measure.Record]) -> None:
+    losses = {r["name"]: r for r in records if r["task"] == "pretrain"}
+    exact = losses["float32"]["loss"]
+    rows = []
+    for name, r in losses.items():
+        rewards = [x["reward"] for x in records if x["task"] == "r1_zero" and x["name"] == name]
+        spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+        reward = f"{statistics.fmean(rewards):.3f} ± {spread:.3f}" if rewards else ""
+        mismatches = [x["mismatch"] for x in records if x["task"] == "r1_zero" and x["name"] == name]
+        mismatch = f"{max(mismatches):.1e}" if mismatches else ""
+        rows.append([name, f"{r['loss']:.4f}", f"{r['loss'] / exact - 1:+.2%}", reward, mismatch])
+    columns = ["", "loss", "beside float32", "GRPO reward, mean ± deviation", "rollout mismatch"]
+    _measure.show("training in FP8", columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny", help="a preset, or a TOML file")
+    parser.add_argument("--steps", type=int, default=200, help="of pretraining")
+    parser.add_argument("--base-steps", type=int, default=1000, help="of the pretraining that GRPO begins from")
+    parser.add_argument("--rl-steps", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=_measure.RESULTS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    records: list[_measure.Record] = [{"task": "settings", **settings}]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for mode in MODES:
+            record, _ = pretrained(args.preset, mode, args.steps, folder / mode)
+            records.append(record)
+        _, base = pretrained(args.preset, "float32", args.base_steps, folder / "base")
+        for seed in range(args.seeds):
+            for mode in MODES:
+                run = folder / f"{mode} {seed}"
+                records.append(rewarded(args.preset, mode, seed, args.rl_steps, base, run))
+    show([r for r in records if r["task"] != "settings"])
+    print(_measure.save("fp8-training", device, records))
+
+
+if __name__ == "__main__":
+    main()
