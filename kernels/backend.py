@@ -69,7 +69,7 @@ def implementation(family: str, device: torch.device) -> ModuleType:
 
 
 def operator(
-    family: str,
+    family: str | None,
     schema: str,
     fake: Callable[..., Any],
     save: Callable[[Any, tuple, Any], None] | None = None,
@@ -77,13 +77,16 @@ def operator(
 ) -> Any:
     """Defines r1::<name> from its schema and returns it. Calling it runs the chosen implementation's <name>.
 
-    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` the gradients.
+    `fake` gives the outputs' shapes; `save(ctx, inputs, output)` and `backward(ctx, *gradients)` the gradients. With
+    no family it is made of other operators, and `fake`, which calls them, is what runs.
     Library.define costs a fifth of what torch.library.custom_op does per call, which counts for the small model.
     Schemas carry no default values: callers pass every argument.
     """
     name = schema.split("(")[0]
 
     def run(*arguments: Any) -> Any:
+        if family is None:
+            return fake(*arguments)
         device = _device(arguments)
         function = getattr(implementation(family, device), name)
         if device.type != "cuda":

@@ -7,13 +7,12 @@ saturate, NaN stays NaN and does not touch the rest of its block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from r1.kernels.backend import operator, register, require
-from r1.kernels.fp8 import reference
+from r1.kernels.backend import register, require
+from r1.kernels.fp8 import layers, operators, reference
+from r1.kernels.fp8.operators import up
 
 register("fp8", "torch", reference, proven_on=("cpu", "cuda"))
 register("fp8", "triton", "r1.kernels.fp8.triton", proven_on=())
@@ -22,119 +21,7 @@ BLOCK = reference.BLOCK
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 E4M3 = torch.float8_e4m3fn
 MAIN_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _up(n: Any) -> Any:
-    return (n + BLOCK - 1) // BLOCK
-
-
-def _quantize_fake(rows: int) -> Any:
-    def fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-        M, K = x.shape
-        squares = (_up(M), _up(K))
-        scales = reference.row_scales_like(x, M, K) if rows == 1 else x.new_empty(squares, dtype=torch.float32)
-        return reference.values_like(x, M, K), scales
-
-    return fake
-
-
-def _both_fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_quantize_fake(1)(x, power_of_two), *_quantize_fake(1)(x.t(), power_of_two)
-
-
-_quantize_1x128 = operator(
-    "fp8", "quantize_1x128(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(1)
-)
-_quantize_128x128 = operator(
-    "fp8", "quantize_128x128(Tensor w_NK, bool power_of_two) -> (Tensor, Tensor)", _quantize_fake(BLOCK)
-)
-_quantize_both = operator(
-    "fp8",
-    "quantize_both(Tensor x_MK, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
-    _both_fake,
-)
-_swiglu_quantize = operator(
-    "fp8",
-    "swiglu_quantize(Tensor gate_up_MF, Tensor? weights_M, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, weights, power_of_two: _both_fake(x.new_empty((x.shape[0], x.shape[1] // 2)), power_of_two),
-)
-_dequantize = operator(
-    "fp8",
-    "dequantize(Tensor q_MK, Tensor scales, int rows, int columns, ScalarType dtype) -> Tensor",
-    lambda q, scales, rows, columns, dtype: q.new_empty(q.shape, dtype=dtype),
-)
-_fp8_gemm = operator(
-    "fp8",
-    "fp8_gemm(Tensor a_q_MK, Tensor a_s, Tensor b_q_NK, Tensor b_s, ScalarType out_dtype) -> Tensor",
-    lambda a, a_s, b, b_s, dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
-)
-_fp8_gemm_wgrad = operator(
-    "fp8",
-    "fp8_gemm_wgrad(Tensor a_q_NM, Tensor a_s, Tensor b_q_KM, Tensor b_s, ScalarType out_dtype) -> Tensor",
-    lambda a, a_s, b, b_s, dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
-)
-_fp8_gemm_wgrad_ = operator(
-    "fp8",
-    "fp8_gemm_wgrad_(Tensor(a!) out_NK, Tensor a_q_NM, Tensor a_s, Tensor b_q_KM, Tensor b_s) -> ()",
-    lambda *_: None,
-)
-_fp8_grouped_gemm = operator(
-    "fp8",
-    "fp8_grouped_gemm(Tensor a_q_PK, Tensor a_s, Tensor b_q_ENK, Tensor b_s, Tensor tokens_per_expert_E, "
-    "ScalarType out_dtype) -> Tensor",
-    lambda a, a_s, b, b_s, counts, dtype: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
-)
-_fp8_grouped_gemm_wgrad = operator(
-    "fp8",
-    "fp8_grouped_gemm_wgrad(Tensor a_q_NP, Tensor a_s, Tensor b_q_KP, Tensor b_s, Tensor tokens_per_expert_E, "
-    "ScalarType out_dtype) -> Tensor",
-    lambda a, a_s, b, b_s, counts, dtype: a.new_empty((counts.shape[0], a.shape[0], b.shape[0]), dtype=dtype),
-)
-_fp8_grouped_gemm_wgrad_ = operator(
-    "fp8",
-    "fp8_grouped_gemm_wgrad_(Tensor(a!) out_ENK, Tensor a_q_NP, Tensor a_s, Tensor b_q_KP, Tensor b_s, "
-    "Tensor tokens_per_expert_E) -> ()",
-    lambda *_: None,
-)
-
-
-def _linear_fake(x: Tensor, weight: Tensor, keep_x: bool, keep_weight: bool) -> tuple[Tensor, ...]:
-    across = _quantize_fake(1)(x.t(), False) if keep_x else reference.nothing(x)
-    kept = _quantize_fake(BLOCK)(weight, False) if keep_weight else reference.nothing(x)
-    return x.new_empty((x.shape[0], weight.shape[0])), *across, *kept
-
-
-def _linear_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-
-
-def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-    x_q_KM, x_s, w_q_NK, w_s = ctx.saved_tensors
-    x_dtype, weight_dtype = ctx.dtypes
-    for_x, for_weight = ctx.needs_input_grad[:2]
-    grad_x = grad_weight = None
-    if grad is not None and for_weight:
-        g_q, g_s, *across = _quantize_both(grad, False)
-        grad_weight = _fp8_gemm_wgrad(*across, x_q_KM, x_s, weight_dtype)
-    elif grad is not None:
-        g_q, g_s = _quantize_1x128(grad, False)
-    if grad is not None and for_x:
-        # A 128 x 128 block transposed is a block: the weight's values and scales serve both products.
-        grad_x = _fp8_gemm(g_q, g_s, w_q_NK.t().contiguous(), w_s.t().contiguous(), x_dtype)
-    return grad_x, grad_weight, None, None
-
-
-_fp8_linear = operator(
-    "fp8",
-    "fp8_linear(Tensor x_MK, Tensor weight_NK, bool keep_x, bool keep_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_fake,
-    _linear_save,
-    _linear_backward,
-)
+Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 def _check_source(name: str, x: Tensor) -> None:
@@ -149,13 +36,13 @@ def quantize_1x128(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Te
     matrix.
     """
     _check_source("x_MK", x_MK)
-    return _quantize_1x128(x_MK.detach(), power_of_two)
+    return operators.quantize_1x128(x_MK.detach(), power_of_two)
 
 
 def quantize_128x128(w_NK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """(q e4m3 (N, K), scales float32 (ceil(N / 128), ceil(K / 128))), one scale for a square block. Else as above."""
     _check_source("w_NK", w_NK)
-    return _quantize_128x128(w_NK.detach(), power_of_two)
+    return operators.quantize_128x128(w_NK.detach(), power_of_two)
 
 
 def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,7 +51,18 @@ def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[Tensor, Ten
     The first pair is what the forward and dx multiply, the second what a weight gradient does. Else as above.
     """
     _check_source("x_MK", x_MK)
-    return _quantize_both(x_MK.detach(), power_of_two)
+    return operators.quantize_both(x_MK.detach(), power_of_two)
+
+
+def quantize_weight(weight: Tensor) -> Quantized:
+    """quantize_128x128 of a weight (..., N, K) and of its transpose, from one read: (q (..., N, K), scales
+    (..., ceil(N / 128), ceil(K / 128)), q (..., K, N)).
+
+    A square transposed is a square: the table of scales, transposed, is the transpose's too. Made once a step it serves
+    every micro-batch, forward and backward. Raises ValueError if weight is not floating or has less than two axes.
+    """
+    require(weight.dim() >= 2 and weight.is_floating_point(), "weight", weight, "a floating (..., N, K) tensor")
+    return operators.quantize_weight(weight.detach())
 
 
 def swiglu_quantize(
@@ -175,14 +73,61 @@ def swiglu_quantize(
 
     No gradient. Raises ValueError for wrong shapes or types.
     """
-    _check_source("gate_up_MF", gate_up_MF)
-    require(gate_up_MF.shape[1] % 2 == 0, "gate_up_MF", gate_up_MF, "an even last axis")
+    _check_gate_up(gate_up_MF)
+    _check_row_weights("weights_M", weights_M, gate_up_MF)
+    weights = None if weights_M is None else weights_M.detach()
+    return operators.swiglu_quantize(gate_up_MF.detach(), weights, True, power_of_two)
+
+
+def swiglu_backward_quantize(
+    grad_MF: Tensor, gate_up_MF: Tensor, weights_M: Tensor | None = None, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What swiglu_quantize's backward wants: quantize_both of the gradient to gate_up (M, 2 F), which never lies in
+    memory in another type, then the gradient to the weights, float32 (M), or nothing (0) without weights.
+
+    grad_MF is the gradient to silu(gate) * up * weights. The weights' gradient is a sum of sums over 128 columns, in
+    the same order every time. Raises ValueError for wrong shapes or types.
+    """
+    _check_gate_up(gate_up_MF)
+    shape = (len(gate_up_MF), gate_up_MF.shape[1] // 2)
     require(
-        weights_M is None or (weights_M.shape == gate_up_MF.shape[:1] and weights_M.is_floating_point()
-                              and weights_M.device == gate_up_MF.device),
-        "weights_M", weights_M, f"a floating ({gate_up_MF.shape[0]},) tensor on {gate_up_MF.device}",
+        grad_MF.shape == shape and grad_MF.is_floating_point() and grad_MF.device == gate_up_MF.device,
+        "grad_MF", grad_MF, f"a floating {shape} tensor on {gate_up_MF.device}",
     )  # fmt: skip
-    return _swiglu_quantize(gate_up_MF.detach(), None if weights_M is None else weights_M.detach(), power_of_two)
+    _check_row_weights("weights_M", weights_M, gate_up_MF)
+    weights = None if weights_M is None else weights_M.detach()
+    return operators.swiglu_backward_quantize(grad_MF.detach(), gate_up_MF.detach(), weights, power_of_two)
+
+
+def _check_gate_up(gate_up: Tensor) -> None:
+    _check_source("gate_up_MF", gate_up)
+    require(gate_up.shape[1] % 2 == 0, "gate_up_MF", gate_up, "an even last axis")
+
+
+def _check_row_weights(name: str, weights: Tensor | None, x: Tensor) -> None:
+    require(
+        weights is None
+        or (weights.shape == x.shape[:1] and weights.is_floating_point() and weights.device == x.device),
+        name, weights, f"a floating ({len(x)},) tensor on {x.device}",
+    )  # fmt: skip
+
+
+def rms_norm_quantize(
+    x_MH: Tensor, weight_H: Tensor, eps: float = 1e-6, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """quantize_both of rms_norm(x, weight, eps), which never lies in memory but in FP8 and is not rounded to another
+    type before; then 1 / rms(x), float32 (M, 1), which rms_norm's backward takes.
+
+    A row's sum of squares needs the whole row, and a tile 128 rows: x is read twice, once for the sums. No gradient.
+    Raises ValueError for wrong shapes or types, or eps < 0.
+    """
+    _check_source("x_MH", x_MH)
+    require(
+        weight_H.shape == x_MH.shape[1:] and weight_H.is_floating_point() and weight_H.device == x_MH.device,
+        "weight_H", weight_H, f"a floating ({x_MH.shape[1]},) tensor on {x_MH.device}",
+    )  # fmt: skip
+    require(eps >= 0, "eps", eps, "a number >= 0")
+    return operators.rms_norm_quantize(x_MH.detach(), weight_H.detach(), eps, power_of_two)
 
 
 def dequantize(
@@ -191,13 +136,13 @@ def dequantize(
     """q * scale in dtype, for q with one scale a block of (1, 128) or (128, 128)."""
     require(tuple(block) in BLOCKS, "block", block, "(1, 128) or (128, 128)")
     _check("q_MK", q_MK, "scales", scales, block[0])
-    return _dequantize(q_MK, scales, *block, dtype)
+    return operators.dequantize(q_MK, scales, *block, dtype)
 
 
 def _check(name: str, q: Tensor, scales_name: str, scales: Tensor, rows: int, lead: tuple[int, ...] = ()) -> None:
     require(q.dim() == 2 + len(lead) and q.dtype == E4M3, name, q, f"a float8_e4m3fn tensor of {2 + len(lead)} axes")
     M, K = q.shape[-2:]
-    shape = (*lead, M if rows == 1 else _up(M), _up(K))
+    shape = (*lead, M if rows == 1 else up(M), up(K))
     require(
         scales.shape == shape and scales.dtype == torch.float32 and scales.device == q.device,
         scales_name, scales, f"a float32 {shape} tensor on {q.device}",
@@ -217,7 +162,7 @@ def fp8_gemm(
 ) -> Tensor:
     """a @ b.T (M, N) in out_dtype: a quantised 1 x 128, b quantised 128 x 128, accumulated in float32."""
     _check_pair(a_q_MK, a_s, b_q_NK, b_s, BLOCK, ("a_q_MK", "b_q_NK"))
-    return _fp8_gemm(a_q_MK, a_s, b_q_NK, b_s, out_dtype)
+    return operators.fp8_gemm(a_q_MK, a_s, b_q_NK, b_s, out_dtype)
 
 
 def fp8_gemm_wgrad(
@@ -225,14 +170,14 @@ def fp8_gemm_wgrad(
 ) -> Tensor:
     """a @ b.T (N, K), the weight gradient: both quantised 1 x 128 along the tokens M, from transposed copies."""
     _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
-    return _fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
+    return operators.fp8_gemm_wgrad(a_q_NM, a_s, b_q_KM, b_s, out_dtype)
 
 
 def fp8_gemm_wgrad_(out_NK: Tensor, a_q_NM: Tensor, a_s: Tensor, b_q_KM: Tensor, b_s: Tensor) -> None:
     """out += a @ b.T: fp8_gemm_wgrad added to a main gradient, contiguous and floating, float32 say."""
     _check_pair(a_q_NM, a_s, b_q_KM, b_s, 1, ("a_q_NM", "b_q_KM"))
     _check_out("out_NK", out_NK, (len(a_q_NM), len(b_q_KM)), a_q_NM)
-    _fp8_gemm_wgrad_(out_NK, a_q_NM, a_s, b_q_KM, b_s)
+    operators.fp8_gemm_wgrad_(out_NK, a_q_NM, a_s, b_q_KM, b_s)
 
 
 def _check_out(name: str, out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -262,7 +207,7 @@ def fp8_grouped_gemm(
     E = len(tokens_per_expert_E)
     require(b_q_ENK.dim() == 3 and len(b_q_ENK) == E, "b_q_ENK", b_q_ENK, f"an ({E}, N, K) tensor")
     _check_pair(a_q_PK, a_s, b_q_ENK, b_s, BLOCK, ("a_q_PK", "b_q_ENK"), (E,))
-    return _fp8_grouped_gemm(a_q_PK, a_s, b_q_ENK, b_s, tokens_per_expert_E, out_dtype)
+    return operators.fp8_grouped_gemm(a_q_PK, a_s, b_q_ENK, b_s, tokens_per_expert_E, out_dtype)
 
 
 def fp8_grouped_gemm_wgrad(
@@ -280,7 +225,7 @@ def fp8_grouped_gemm_wgrad(
     """
     _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
     _check_counts(tokens_per_expert_E, a_q_NP)
-    return _fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
+    return operators.fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, out_dtype)
 
 
 def fp8_grouped_gemm_wgrad_(
@@ -290,14 +235,36 @@ def fp8_grouped_gemm_wgrad_(
     _check_pair(a_q_NP, a_s, b_q_KP, b_s, 1, ("a_q_NP", "b_q_KP"))
     _check_counts(tokens_per_expert_E, a_q_NP)
     _check_out("out_ENK", out_ENK, (len(tokens_per_expert_E), len(a_q_NP), len(b_q_KP)), a_q_NP)
-    _fp8_grouped_gemm_wgrad_(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E)
+    operators.fp8_grouped_gemm_wgrad_(out_ENK, a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E)
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+def _quantized(name: str, quantized: Quantized | None, weight: Tensor) -> Quantized:
+    """quantize_weight's result: the one given, once it is seen to be this weight's in shape, or a new one."""
+    if quantized is None:
+        return operators.quantize_weight(weight.detach())
+    require(len(quantized) == 3, name, quantized, "the three tensors of quantize_weight")
+    q, scales, q_across = quantized
+    lead = tuple(weight.shape[:-2])
+    _check(f"{name}[0]", q, f"{name}[1]", scales, BLOCK, lead)
+    shape = (*lead, weight.shape[-1], weight.shape[-2])
+    require(q.shape == weight.shape and q.device == weight.device, f"{name}[0]", q, f"{tuple(weight.shape)} values")
+    require(
+        q_across.shape == shape and q_across.dtype == E4M3 and q_across.device == weight.device,
+        f"{name}[2]", q_across, f"a float8_e4m3fn {shape} tensor on {weight.device}",
+    )  # fmt: skip
+    return quantized
+
+
+def fp8_linear(
+    x: Tensor, weight_NK: Tensor, quantized: Quantized | None = None, main_gradient_NK: Tensor | None = None
+) -> Tensor:
     """x @ weight.T for x (..., K), with all three products of training in FP8, in x's type.
 
     Forward: x 1 x 128, weight 128 x 128. Backward: the gradient 1 x 128 against the same weight for dx, and both
-    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. ValueError for wrong shapes.
+    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. quantized is quantize_weight of
+    this weight, if it is made once for several calls; the weight's numbers are then not read. Every backward adds the
+    weight's gradient to main_gradient_NK, contiguous and floating, and returns memory that holds nothing for it, as
+    moe_mlp does. Raises ValueError for wrong shapes or types.
     """
     require(x.dim() >= 1 and x.is_floating_point(), "x", x, "a floating (..., K) tensor")
     require(
@@ -305,10 +272,53 @@ def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
         and weight_NK.device == x.device,
         "weight_NK", weight_NK, f"a floating (N, {x.shape[-1]}) tensor on {x.device}",
     )  # fmt: skip
-    grad = torch.is_grad_enabled()
-    keep_x, keep_weight = grad and weight_NK.requires_grad, grad and x.requires_grad
-    y_MN = _fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, keep_x, keep_weight)[0]
+    if main_gradient_NK is not None:
+        _check_out("main_gradient_NK", main_gradient_NK, tuple(weight_NK.shape), weight_NK)
+    keep = torch.is_grad_enabled() and weight_NK.requires_grad
+    values = _quantized("quantized", quantized, weight_NK)
+    y_MN = layers.fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, *values, main_gradient_NK, keep)[0]
     return y_MN.view(*x.shape[:-1], len(weight_NK))
+
+
+def fp8_moe_mlp(
+    x_PH: Tensor,
+    tokens_per_expert_E: Tensor,
+    gate_up_EHF: Tensor,
+    down_EFH: Tensor,
+    weights_P: Tensor | None = None,
+    quantized: tuple[Quantized, Quantized] | None = None,
+    main_gradients: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """moe_mlp with all six products of training in FP8: (silu(x gate) * (x up) * weights) down, in x's type.
+
+    Everything is as in moe_mlp, but that the sum of the counts must be P: rows beyond it would share scales with
+    others along the tokens. quantized is quantize_weight of gate_up_EHF and of down_EFH, if it is made once for several
+    calls. Kept for the backward are x and what enters the second product in FP8, and the first product in x's type.
+    Raises ValueError for wrong shapes or types.
+    """
+    require(x_PH.dim() == 2 and x_PH.is_floating_point(), "x_PH", x_PH, "a floating (P, H) tensor")
+    _check_counts(tokens_per_expert_E, x_PH)
+    E, H, F = len(tokens_per_expert_E), x_PH.shape[1], gate_up_EHF.shape[-1] // 2
+    weights = (gate_up_EHF, down_EFH)
+    for name, weight, shape in zip(("gate_up_EHF", "down_EFH"), weights, ((E, H, 2 * F), (E, F, H))):
+        require(
+            weight.shape == shape and weight.dtype == x_PH.dtype and weight.device == x_PH.device,
+            name, weight, f"a {shape} tensor of {str(x_PH.dtype).removeprefix('torch.')} on {x_PH.device}",
+        )  # fmt: skip
+    _check_row_weights("weights_P", weights_P, x_PH)
+    for name, pair in (("quantized", quantized), ("main_gradients", main_gradients)):
+        require(pair is None or len(pair) == 2, name, pair, "two, for gate_up_EHF and down_EFH")
+    for i, main in enumerate(main_gradients or ()):
+        _check_out(f"main_gradients[{i}]", main, tuple(weights[i].shape), x_PH)
+    first, second = (
+        _quantized(f"quantized[{i}]", values, weight)
+        for i, (values, weight) in enumerate(zip(quantized or (None, None), weights))
+    )
+    keep = torch.is_grad_enabled() and (gate_up_EHF.requires_grad or down_EFH.requires_grad)
+    return layers.fp8_moe_mlp(
+        x_PH, tokens_per_expert_E, gate_up_EHF, down_EFH, weights_P, *first, *second,
+        *(main_gradients or (None, None)), keep,
+    )[0]  # fmt: skip
 
 
 __all__ = [
@@ -320,8 +330,12 @@ __all__ = [
     "fp8_grouped_gemm_wgrad",
     "fp8_grouped_gemm_wgrad_",
     "fp8_linear",
+    "fp8_moe_mlp",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_both",
+    "quantize_weight",
+    "rms_norm_quantize",
+    "swiglu_backward_quantize",
     "swiglu_quantize",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1.kernels.moe.reference import checked_counts, swiglu
+from r1.kernels.moe.reference import checked_counts, swiglu, swiglu_backward
+from r1.kernels.norm.reference import rms_norm
 
 BLOCK = 128
 LARGEST = 448.0  # of e4m3
@@ -27,9 +28,10 @@ def scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
     return torch.where(amax == 0, 1.0, scale)
 
 
-def values_like(x: Tensor, M: int, K: int) -> Tensor:
-    """Room for (M, K) e4m3 values, rows beginning at multiples of 16 bytes: bulk copies want that."""
-    return x.new_empty((M, (K + 15) // 16 * 16), dtype=torch.float8_e4m3fn)[:, :K]
+def values_like(x: Tensor, *shape: int) -> Tensor:
+    """Room for (..., M, K) e4m3 values, rows beginning at multiples of 16 bytes: bulk copies want that."""
+    *lead, K = shape
+    return x.new_empty((*lead, (K + 15) // 16 * 16), dtype=torch.float8_e4m3fn)[..., :K]
 
 
 def row_scales_like(x: Tensor, M: int, K: int) -> Tensor:
@@ -37,27 +39,22 @@ def row_scales_like(x: Tensor, M: int, K: int) -> Tensor:
     return x.new_empty(((K + BLOCK - 1) // BLOCK, M), dtype=torch.float32).t()
 
 
-def _blocked(x_MK: Tensor, rows: int, columns: int) -> Tensor:
-    """(M / rows, rows, K / columns, columns), filled up with zeros."""
-    M, K = x_MK.shape
-    padded = torch.nn.functional.pad(x_MK, (0, -K % columns, 0, -M % rows))
-    return padded.view(-(-M // rows), rows, -(-K // columns), columns)
-
-
-def _quantize(x_MK: Tensor, rows: int, columns: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    M, K = x_MK.shape
-    x = _blocked(x_MK.float(), rows, columns)
-    magnitude = torch.where(x.isnan(), 0.0, x.abs())
-    amax = magnitude.amax((1, 3)) if x.numel() else x.new_zeros(x.shape[0], x.shape[2])
+def _quantize(x: Tensor, rows: int, columns: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    *lead, M, K = x.shape
+    row_blocks, blocks = -(-M // rows), -(-K // columns)
+    padded = torch.nn.functional.pad(x.float(), (0, -K % columns, 0, -M % rows))
+    tiles = padded.view(*lead, row_blocks, rows, blocks, columns)
+    magnitude = torch.where(tiles.isnan(), 0.0, tiles.abs())
+    amax = magnitude.amax((-3, -1)) if x.numel() else padded.new_zeros(*lead, row_blocks, blocks)
     scale = scales_of(amax, power_of_two)
     # Clamp before the cast: it saturates, and NaN passes through.
-    q = (x / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    q = values_like(x, M, K).copy_(q.view(x.shape[0] * rows, x.shape[2] * columns)[:M, :K])
-    return q, row_scales_like(x, M, K).copy_(scale) if rows == 1 else scale
+    q = (tiles / scale[..., :, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return values_like(x, *lead, M, K).copy_(q.view(padded.shape)[..., :M, :K]), scale
 
 
 def quantize_1x128(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _quantize(x_MK, 1, BLOCK, power_of_two)
+    q, scales = _quantize(x_MK, 1, BLOCK, power_of_two)
+    return q, row_scales_like(x_MK, *x_MK.shape).copy_(scales)
 
 
 def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -68,10 +65,33 @@ def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Ten
     return *quantize_1x128(x_MK, power_of_two), *quantize_1x128(x_MK.t(), power_of_two)
 
 
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, scales = _quantize(weight, BLOCK, BLOCK, power_of_two=False)
+    *lead, N, K = weight.shape
+    return q, scales, values_like(weight, *lead, K, N).copy_(q.transpose(-1, -2))
+
+
 def swiglu_quantize(
-    gate_up_MF: Tensor, weights_M: Tensor | None, power_of_two: bool
+    gate_up_MF: Tensor, weights_M: Tensor | None, across: bool, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return quantize_both(swiglu(gate_up_MF.float(), weights_M), power_of_two)
+    middle = swiglu(gate_up_MF.float(), weights_M)
+    copy = quantize_1x128(middle.t(), power_of_two) if across else nothing(middle)
+    return *quantize_1x128(middle, power_of_two), *copy
+
+
+def swiglu_backward_quantize(
+    grad_MF: Tensor, gate_up_MF: Tensor, weights_M: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = None if weights_M is None else weights_M.float()
+    grad_gate_up, grad_weights = swiglu_backward(grad_MF.float(), gate_up_MF.float(), weights)
+    return *quantize_both(grad_gate_up, power_of_two), grad_weights
+
+
+def rms_norm_quantize(
+    x_MH: Tensor, weight_H: Tensor, eps: float, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    normalised, inverse_rms = rms_norm(x_MH.float(), weight_H.float(), eps)
+    return *quantize_both(normalised, power_of_two), inverse_rms
 
 
 def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -124,16 +144,6 @@ def fp8_grouped_gemm_wgrad_(
     out_ENK.add_(fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, _wide(out_ENK.dtype)))
 
 
-def fp8_linear(
-    x_MK: Tensor, weight_NK: Tensor, keep_x: bool, keep_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, then for the backward or empty: x transposed and quantised along M, its scales, the weight's values and
-    scales)."""
-    weight = quantize_128x128(weight_NK, False)
-    y = fp8_gemm(*quantize_1x128(x_MK, False), *weight, x_MK.dtype)
-    across = quantize_1x128(x_MK.t(), False) if keep_x else nothing(x_MK)
-    return y, *across, *(weight if keep_weight else nothing(x_MK))
-
-
 def nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of a copy that nobody wants."""
     return x.new_empty((0, 0), dtype=torch.float8_e4m3fn), x.new_empty((0, 0), dtype=torch.float32)
