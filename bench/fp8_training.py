@@ -30,8 +30,13 @@ MODES = {
     "bfloat16, FP8": ["parallel.dtype=bfloat16", "parallel.fp8=block"],
 }
 LAST = 20  # steps of pretraining that the loss is averaged over
-# What is measured is the training; the stages' own evaluation is kept short.
-SHORT = ["data.eval_prompts=8", "stages.evaluate.completions_per_prompt=1"]
+# What is measured is the training; the stages' own evaluation is kept short, and so is a step of GRPO.
+SHORT = [
+    "data.eval_prompts=8",
+    "stages.evaluate.completions_per_prompt=1",
+    "stages.r1_zero.prompts_per_step=8",
+    "stages.r1_zero.save_interval_steps=1000",
+]
 
 
 def pretrained(preset: str, mode: str, steps: int, folder: Path) -> tuple[_measure.Record, Config]:
@@ -91,26 +96,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny", help="a preset, or a TOML file")
     parser.add_argument("--steps", type=int, default=200, help="of pretraining")
-    parser.add_argument("--base-steps", type=int, default=1000, help="of the pretraining that GRPO begins from")
-    parser.add_argument("--rl-steps", type=int, default=24)
+    parser.add_argument("--base-steps", type=int, default=400, help="of the pretraining that GRPO begins from")
+    parser.add_argument("--rl-steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=_measure.RESULTS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     records: list[_measure.Record] = [{"task": "settings", **settings}]
+
+    def keep(record: _measure.Record) -> None:
+        """Written as it goes: an hour is long enough to be interrupted in."""
+        records.append(record)
+        _measure.save("fp8-training", device, records, args.out)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for mode in MODES:
-            record, _ = pretrained(args.preset, mode, args.steps, folder / mode)
-            records.append(record)
+            keep(pretrained(args.preset, mode, args.steps, folder / mode)[0])
         _, base = pretrained(args.preset, "float32", args.base_steps, folder / "base")
         for seed in range(args.seeds):
             for mode in MODES:
-                run = folder / f"{mode} {seed}"
-                records.append(rewarded(args.preset, mode, seed, args.rl_steps, base, run))
-    show([r for r in records if r["task"] != "settings"])
-    print(_measure.save("fp8-training", device, records))
+                keep(rewarded(args.preset, mode, seed, args.rl_steps, base, folder / f"{mode} {seed}"))
+    show(records)
 
 
 if __name__ == "__main__":
