@@ -1,9 +1,11 @@
 """Whether training notices FP8: `python -m r1.bench.fp8_training [--steps N] [--rl-steps N] [--seeds N]`.
 
-- `pretrain`: the tiny preset's pretraining from the same weights on the same data in float32, in bfloat16, and in
-  bfloat16 with the products of linears and experts in FP8. The loss is the mean of the last 20 steps.
-- `r1_zero`: GRPO from one base, trained in float32, in the same three, for several seeds. The reward is the mean of the
-  last quarter of the steps, over all completions of the rollout, which are sampled in the same precision.
+Everything in float32, in bfloat16, and in bfloat16 with the products of linears and experts in FP8, for several seeds:
+
+- `pretrain`: the tiny preset's pretraining. A seed's weights and data are the same in the three. The loss is the mean
+  of the last 20 steps.
+- `r1_zero`: GRPO from one base, trained in float32. The reward is the mean of the last quarter of the steps, over all
+  completions of the rollout, which are sampled in the same precision.
 
 On a CPU products in FP8 are emulated: the results are those of the recipe, the times say nothing. About an hour there.
 """
@@ -39,15 +41,22 @@ SHORT = [
 ]
 
 
-def pretrained(preset: str, mode: str, steps: int, folder: Path) -> tuple[_measure.Record, Config]:
-    settings = [*MODES[mode], *SHORT, f"run_dir={folder}", f"stages.pretrain.steps={steps}"]
+def pretrained(preset: str, mode: str, seed: int, steps: int, folder: Path) -> tuple[_measure.Record, Config]:
+    settings = [*MODES[mode], *SHORT, f"run_dir={folder}", f"seed={seed}", f"stages.pretrain.steps={steps}"]
     config = load_config(preset, settings)
     began = time.perf_counter()
     pretrain.run(config)
     seconds = time.perf_counter() - began
     losses = [row["loss"] for row in read_jsonl(config.stage_dir("pretrain") / "metrics.jsonl")]
     loss = statistics.fmean(losses[-LAST:])
-    return {"task": "pretrain", "name": mode, "loss": loss, "seconds": seconds, "losses": losses}, config
+    return {
+        "task": "pretrain",
+        "name": mode,
+        "seed": seed,
+        "loss": loss,
+        "seconds": seconds,
+        "losses": losses,
+    }, config
 
 
 def rewarded(preset: str, mode: str, seed: int, steps: int, base: Config, folder: Path) -> _measure.Record:
@@ -78,18 +87,29 @@ def rewarded(preset: str, mode: str, seed: int, steps: int, base: Config, folder
 
 
 def show(records: list[_measure.Record]) -> None:
-    losses = {r["name"]: r for r in records if r["task"] == "pretrain"}
-    exact = losses["float32"]["loss"]
     rows = []
-    for name, r in losses.items():
-        rewards = [x["reward"] for x in records if x["task"] == "r1_zero" and x["name"] == name]
-        spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
-        reward = f"{statistics.fmean(rewards):.3f} ± {spread:.3f}" if rewards else ""
-        mismatches = [x["mismatch"] for x in records if x["task"] == "r1_zero" and x["name"] == name]
-        mismatch = f"{max(mismatches):.1e}" if mismatches else ""
-        rows.append([name, f"{r['loss']:.4f}", f"{r['loss'] / exact - 1:+.2%}", reward, mismatch])
-    columns = ["", "loss", "beside float32", "GRPO reward, mean ± deviation", "rollout mismatch"]
+    for name in MODES:
+        losses, exact = (
+            {r["seed"]: r["loss"] for r in records if r["task"] == "pretrain" and r["name"] == wanted}
+            for wanted in (name, "float32")
+        )
+        runs = [r for r in records if r["task"] == "r1_zero" and r["name"] == name]
+        rows.append(
+            [
+                name,
+                _spread(list(losses.values()), ".3f"),
+                _spread([loss / exact[seed] - 1 for seed, loss in losses.items()], "+.1%"),
+                _spread([r["reward"] for r in runs], ".3f"),
+                f"{max(r['mismatch'] for r in runs):.1e}",
+            ]
+        )
+    columns = ["mean ± deviation over the seeds", "loss", "beside float32's", "GRPO reward", "largest mismatch"]
     _measure.show("training in FP8", columns, rows)
+
+
+def _spread(values: list[float], form: str) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{form}} ± {deviation:{form.removeprefix('+')}}"
 
 
 def main() -> None:
@@ -112,9 +132,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for mode in MODES:
-            keep(pretrained(args.preset, mode, args.steps, folder / mode)[0])
-        _, base = pretrained(args.preset, "float32", args.base_steps, folder / "base")
+        for seed in range(args.seeds):
+            for mode in MODES:
+                keep(pretrained(args.preset, mode, seed, args.steps, folder / f"pretrain {mode} {seed}")[0])
+        _, base = pretrained(args.preset, "float32", 0, args.base_steps, folder / "base")
         for seed in range(args.seeds):
             for mode in MODES:
                 keep(rewarded(args.preset, mode, seed, args.rl_steps, base, folder / f"{mode} {seed}"))

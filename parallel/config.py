@@ -175,7 +175,7 @@ class ParallelConfig(Section):
         if self.fp8 == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "parallel.fp8 = transformer_engine needs the package transformer_engine, which is not installed;"
-                " wanted pip install 'r1[cuda]', or parallel.fp8 = block"
+                " wanted pip install 'r1[cuda]', or fp8 = block"
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
