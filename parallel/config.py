@@ -154,6 +154,13 @@ class ParallelConfig(Section):
     )
     timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a forward must divide by: sequence parallelism's split, in parts that
+        TransformerEngine's FP8 takes."""
+        split = self.tensor if self.sequence else 1
+        return split * (16 if self.fp8 == "transformer_engine" else 1)
+
     def data(self, world_size: int) -> int:
         """The data-parallel size in a world of `world_size` processes; ValueError where the layout does not fit."""
         model = self.tensor * self.pipeline * self.context

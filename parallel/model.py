@@ -422,6 +422,6 @@ def rope_for(model: ModelConfig) -> Any:
 
 
 def stream_multiple(parallel: ParallelConfig) -> int:
-    """A micro-batch's token count must divide by this: the context split, then the sequence-parallel one."""
+    """A micro-batch's token count must divide by this: the context split, then what each part must divide by."""
     context = 2 * parallel.context if parallel.context > 1 else 1
-    return context * (parallel.tensor if parallel.sequence else 1)
+    return context * parallel.token_multiple

@@ -373,7 +373,5 @@ def test_decoding_is_reading(name: str, story: Story, pools: Any) -> None:  # no
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
 def test_transformer_engine_is_asked_for_where_it_is_not() -> None:
     parallel = ParallelConfig(fp8="transformer_engine")
-    with pytest.raises(
-        ValueError, match=r"parallel.fp8 = transformer_engine needs the package .* or parallel.fp8 = block"
-    ):
+    with pytest.raises(ValueError, match=r"parallel.fp8 = transformer_engine needs the package .* or fp8 = block"):
         Trainer(MODELS["deepseek"], parallel, join(ParallelConfig()), seed=7)
