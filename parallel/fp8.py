@@ -120,6 +120,8 @@ def linears(fp8: str) -> Linears:
 
 def local_product(linear: Any, x: Tensor) -> Tensor:
     """x times this rank's part of the linear's weight, in the linear's precision, without communication."""
+    for hook in linear._forward_pre_hooks.values():
+        hook(linear, (x,))  # Megatron fetches weights that are on their way before a module's forward, passed by here
     return linear.product(x) if isinstance(linear, _BlockLinear) else torch.nn.functional.linear(x, linear.weight)
 
 

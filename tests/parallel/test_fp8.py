@@ -64,7 +64,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "TP2 dense, whole sequences": (2, {"tensor": 2, "sequence": False}, "latent_dense"),
     "PP2": (2, {"pipeline": 2}, "deepseek"),
     "EP2": (2, {"expert": 2}, "deepseek"),
-    "CP2": (2, {"context": 2}, "latent_dense"),
+    "CP2 overlapped": (
+        2,
+        {"context": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        "latent_dense",
+    ),
 }
 # Where every product has the same operands only the sums over micro-batches are made in another order.
 TIGHT = 1e-5
