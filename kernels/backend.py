@@ -123,9 +123,11 @@ def require(holds: bool, argument: str, value: object, wanted: str) -> None:
 
 
 def describe(value: object) -> str:
-    """A tensor by its shape, type and device; anything else as it prints."""
+    """A tensor by its shape, type and device; a tuple by its parts; anything else as it prints."""
     if isinstance(value, Tensor):
         return f"a {tuple(value.shape)} tensor of {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(describe, value))})"
     return repr(value)
 
 

@@ -1,5 +1,7 @@
-"""The fp8 family's operators as torch.library knows them. Called with every argument, unchecked; the functions that check
-are the package's."""
+"""The fp8 family's operators as torch.library knows them: schemas and shapes; layers.py has those made of them.
+
+Called with every argument, unchecked; the functions that check are the package's.
+"""
 
 from __future__ import annotations
 

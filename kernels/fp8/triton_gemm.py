@@ -12,8 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def fp8_gemm_kernel(
-    a, a_scales_ptr, a_row_stride, a_step_stride, b, b_scales_ptr, b_row_stride, b_step_stride, out_ptr, begins_ptr,
-    ends_ptr, tile_ends_ptr, E, M, N, K,
+    a, a_scales_ptr, a_row_stride, a_step_stride, b, b_scales_ptr, b_expert_stride, b_row_stride, b_step_stride,
+    out_ptr, begins_ptr, ends_ptr, tile_ends_ptr, E, M, N, K,
     SQUARE: tl.constexpr, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr, E_2: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def fp8_gemm_kernel(
     rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
     if SQUARE:
         # One scale for the whole tile, from an expert's table if there are some.
-        b_scales_ptr += (expert * column_tiles + column_tile) * b_row_stride
+        b_scales_ptr += expert * b_expert_stride + column_tile * b_row_stride
     where = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
     mask = (rows < end)[:, None] & (columns < N)[None, :]
     accumulator = tl.zeros((BLOCK, BLOCK), tl.float32)

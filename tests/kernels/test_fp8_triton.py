@@ -18,9 +18,11 @@ from r1.kernels import (
     fp8_grouped_gemm_wgrad,
     fp8_grouped_gemm_wgrad_,
     fp8_linear,
+    fp8_moe_mlp,
     quantize_1x128,
     quantize_128x128,
     quantize_both,
+    quantize_weight,
     swiglu_quantize,
 )
 from r1.kernels.fp8 import reference
@@ -28,6 +30,14 @@ from r1.kernels.fp8 import triton as fp8
 from tests.kernels import ahead_of_time, interpreter  # noqa: F401 (mends the interpreter)
 from tests.kernels.helpers import leaf
 from tests.kernels.test_fp8 import E4M3, HUGE, same
+from tests.kernels.test_fp8_layers import (
+    check_experts,
+    check_linear,
+    check_rms_norm,
+    check_swiglu_backward,
+    check_weight,
+    experts,
+)
 
 F64 = torch.float64
 
@@ -76,12 +86,30 @@ def test_swiglu_quantize(device: str, shape: tuple[int, int], power_of_two: bool
                 wide = spread.double().repeat_interleave(128, 1)[:, : exact.shape[1]]
                 assert back.shape == exact.shape
                 assert ((back - exact).abs() <= exact.abs() * 2**-4 * (1 + 1e-4) + wide * 2**-10).all()
-            for got, known in zip((scales, across_scales), reference.swiglu_quantize(source, w, power_of_two)[1::2]):
+            known_scales = reference.swiglu_quantize(source, w, True, power_of_two)[1::2]
+            for got, known in zip((scales, across_scales), known_scales):
                 torch.testing.assert_close(got, known, rtol=1.0 if power_of_two else 1e-5, atol=0)
     if gate_up.numel():
         gate_up[0, 0] = torch.nan
         q, scales, *_ = swiglu_quantize(gate_up, weights)
         assert scales.isfinite().all() and q.float()[0, 0].isnan()
+
+
+def test_quantised_both_ways(device: str) -> None:
+    check_weight(device)
+    weight = awkward(130, 257, 1.0).to(device)
+    for got, want in zip(quantize_weight(weight), reference.quantize_weight(weight), strict=True):
+        assert same(got, want)
+
+
+@pytest.mark.parametrize(("M", "F"), [(130, 128), (37, 300), (1, 1), (0, 128), (0, 64), (4, 0), (129, 256)])
+def test_swiglu_backward(device: str, M: int, F: int) -> None:
+    check_swiglu_backward(device, M, F)
+
+
+@pytest.mark.parametrize(("M", "H"), [(130, 257), (1, 1), (0, 64), (37, 1100)])
+def test_rms_norm(device: str, M: int, H: int) -> None:
+    check_rms_norm(device, M, H)
 
 
 def close(got: Tensor, want: Tensor, terms: Tensor) -> None:
@@ -207,6 +235,25 @@ def test_linear_and_a_row_in_every_batch(device: str) -> None:
             assert torch.equal(fp8_linear(rows[few], w)[few.index(3)], y.flatten(0, 1)[3])
 
 
+def test_layers(device: str) -> None:
+    check_linear(device)
+    for counts, dtype, weighted in (
+        ([3, 0, 150, 1], torch.bfloat16, True),
+        ([0, 0, 0, 0], torch.float32, True),
+        ([60, 128, 10], torch.float32, False),
+    ):
+        check_experts(device, counts, 140, 131, dtype, weighted)
+    check_experts(device, [130, 0, 60], 128, 128, torch.bfloat16, weighted=True)
+
+
+def test_an_expert_row_in_every_batch(device: str) -> None:
+    x, _, gate_up, down, weights = experts(device, [40, 60], 130, 128)
+    run = lambda rows, counts: fp8_moe_mlp(x[rows], torch.tensor(counts, device=device), gate_up, down, weights[rows])
+    with torch.no_grad():
+        whole = run(list(range(100)), [40, 60])
+        assert torch.equal(run([7, 70, 3], [1, 2])[0], whole[7]) and torch.equal(run([50], [0, 1])[0], whole[50])
+
+
 def test_wrong_counts_are_refused() -> None:
     q = quantize_1x128(torch.randn(5, 130))
     with pytest.raises(ValueError, match=r"tokens_per_expert_E is \[1, 2\], wanted numbers >= 0 whose sum is the 130"):
@@ -225,16 +272,23 @@ def v3_launches() -> None:
             fp8.quantize_128x128(source, power_of_two)
             fp8.quantize_both(source, power_of_two)
         for weights in (None, torch.empty(T)):
-            fp8.swiglu_quantize(source, weights, False)
+            for across in (False, True):
+                fp8.swiglu_quantize(source[:, : 2 * F], weights, across, False)
+            if source.dtype == torch.bfloat16:
+                fp8.swiglu_backward_quantize(source[:, :F].contiguous(), source[:, : 2 * F], weights, False)
+        fp8.rms_norm_quantize(source, torch.empty(H), 1e-6, False)
+        fp8.quantize_weight(torch.empty(E, H, 2 * F, dtype=source.dtype))
     counts = torch.full((E,), T // E)
     for N, K in ((2 * F, H), (H, F), (2112, H), (24576, 1536)):
         for dtype in (torch.bfloat16, torch.float32):
             a, b = (values(T, K), scales(T, K)), (values(N, K), square(N, K))
             fp8.fp8_gemm(*a, *b, dtype)
+        fp8.fp8_gemm(*a, b[0], square(K, N).t(), torch.bfloat16)
         across = values(N, T), scales(N, T), values(K, T), scales(K, T)
         fp8.fp8_gemm_wgrad(*across, torch.float32)
         fp8.fp8_gemm_wgrad_(torch.empty(N, K), *across)
     fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, N, K), counts, torch.bfloat16)
+    fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, K, N).transpose(1, 2), counts, torch.bfloat16)
     fp8.fp8_grouped_gemm_wgrad(*across, counts, torch.float32)
     fp8.fp8_grouped_gemm_wgrad_(torch.empty(E, N, K), *across, counts)
 
@@ -242,7 +296,8 @@ def v3_launches() -> None:
 def test_compiles_for_hopper_without_spills() -> None:
     binaries = ahead_of_time.compiled("tests.kernels.test_fp8_triton", "v3_launches")
     products = {"fp8_gemm_kernel", "fp8_grouped_wgrad_kernel"}
-    assert {b.name for b in binaries} == {"quantize_kernel", "plan_kernel", *products}
+    quantisers = {"quantize_kernel", "quantize_square_kernel", "swiglu_backward_quantize_kernel", "inverse_rms_kernel"}
+    assert {b.name for b in binaries} == {*quantisers, "plan_kernel", *products}
     for binary in binaries:
         print(binary)
         binary.assert_fit(uses_matrix_units=binary.name in products)
