@@ -207,7 +207,7 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
     world = join(parallel)
     config = decoder_config(model, parallel)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    spec = layer_spec(model, moe=True).submodules.mlp
+    spec = layer_spec(config, moe=True).submodules.mlp
     ours = spec.module(config, submodules=spec.submodules, layer_number=1, pg_collection=world.groups)
     theirs = MoELayer(
         config,

@@ -21,6 +21,7 @@ from r1.engine.logs import MetricsLog, StageTimer, is_main_process, say, write_j
 from r1.engine.settings import STAGES, Config
 from r1.parallel import checkpoint, convert
 from r1.parallel.config import ModelConfig
+from r1.parallel.fp8 import forget_quantized
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,6 +85,7 @@ def _load_weights(engine: Engine, path: Path) -> None:
         donor.close()
         if policy.optimizer is not None:
             policy.optimizer.reload_model_params()
+        forget_quantized(policy.chunks)
     else:
         engine.load(path)
 

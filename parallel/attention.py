@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -26,6 +24,8 @@ from r1.kernels import (
     rms_norm,
     yarn_softmax_scale,
 )
+from r1.parallel.fp8 import linears, local_product, rounded_input, rounded_weight
+from r1.parallel.linear import parameter_device
 from r1.parallel.packing import PackedSequence
 
 
@@ -49,26 +49,11 @@ class RMSNorm(MegatronModule):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(config)
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device()))
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device()))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class ReplicatedLinear(MegatronModule):
-    """y = x Wᵀ with W (out, in) whole on every tensor-parallel rank. Under sequence parallelism each rank sees its own
-    tokens, and Megatron sums the gradients over the ranks because the weight is marked so."""
-
-    def __init__(self, config: Any, in_size: int, out_size: int) -> None:
-        super().__init__(config)
-        self.weight = torch.nn.Parameter(torch.empty(out_size, in_size, dtype=config.params_dtype, device=_device()))
-        if config.perform_initialization:
-            config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight)
 
 
 class _SelfAttention(MegatronModule):
@@ -80,20 +65,23 @@ class _SelfAttention(MegatronModule):
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.model = config.model
         self.heads = self.model.num_heads // self.groups.tp.size()
+        self.linears = linears(config.parallel.fp8)
 
-    def _column(self, in_size: int, out_size: int, bias: bool = False) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
+    def _column(self, in_size: int, out_size: int, bias: bool = False) -> Any:
+        return self.linears.column(
             in_size,
             out_size,
             config=self.config,
             init_method=self.config.init_method,
             bias=bias,
             gather_output=False,
+            skip_bias_add=False,
+            is_expert=False,
             tp_group=self.groups.tp,
         )
 
-    def _row(self, in_size: int, out_size: int) -> RowParallelLinear:
-        return RowParallelLinear(
+    def _row(self, in_size: int, out_size: int) -> Any:
+        return self.linears.row(
             in_size,
             out_size,
             config=self.config,
@@ -101,6 +89,7 @@ class _SelfAttention(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
+            is_expert=False,
             tp_group=self.groups.tp,
         )
 
@@ -137,12 +126,12 @@ class MultiHeadLatentAttention(_SelfAttention):
         m = self.model
         q_width = m.num_heads * m.qk_head_dim
         if m.q_lora_rank:
-            self.linear_q_down = ReplicatedLinear(config, m.hidden_size, m.q_lora_rank)
+            self.linear_q_down = self.linears.replicated(config, m.hidden_size, m.q_lora_rank)
             self.q_norm = RMSNorm(config, m.q_lora_rank, m.norm_eps)
             self.linear_q_up = self._column(m.q_lora_rank, q_width)
         else:
             self.linear_q_up = self._column(m.hidden_size, q_width)
-        self.linear_kv_down = ReplicatedLinear(config, m.hidden_size, m.kv_lora_rank + m.qk_rope_head_dim)
+        self.linear_kv_down = self.linears.replicated(config, m.hidden_size, m.kv_lora_rank + m.qk_rope_head_dim)
         self.kv_norm = RMSNorm(config, m.kv_lora_rank, m.norm_eps)
         self.linear_kv_up = self._column(m.kv_lora_rank, m.num_heads * (m.qk_nope_head_dim + m.v_head_dim))
         self.linear_proj = self._row(m.num_heads * m.v_head_dim, m.hidden_size)
@@ -175,7 +164,8 @@ class MultiHeadLatentAttention(_SelfAttention):
             whole = latent
             if self.config.sequence_parallel:
                 whole = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
-            packed.caches[self.layer_number] = (torch.cat([whole.squeeze(1), k_rope_TD], -1),)
+            whole = rounded_input(self.linear_kv_up, whole.squeeze(1))
+            packed.caches[self.layer_number] = (torch.cat([whole, k_rope_TD], -1),)
         if packed.gather_order_T is not None:
             if self.config.sequence_parallel:
                 latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
@@ -201,7 +191,7 @@ class MultiHeadLatentAttention(_SelfAttention):
         (under sequence parallelism by the gather's reduce-scatter)."""
         if not self.config.sequence_parallel and self.groups.tp.size() > 1:
             latent_TR = copy_to_tensor_model_parallel_region(latent_TR, group=self.groups.tp)
-        return torch.nn.functional.linear(latent_TR, self.linear_kv_up.weight)
+        return local_product(self.linear_kv_up, latent_TR)
 
     def _decode(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         m = self.model
@@ -210,8 +200,10 @@ class MultiHeadLatentAttention(_SelfAttention):
         if self.config.sequence_parallel:
             latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
         (cache,) = step.caches[self.layer_number]
-        append_kv(cache, torch.cat([latent.squeeze(1), k_rope_BD], -1), step.block_table_BM, step.positions_B)
-        up_NDR = self.linear_kv_up.weight.unflatten(0, (self.heads, -1))
+        # Both as the up projection rounds them in training, where keys and values are made of them.
+        latent_BR = rounded_input(self.linear_kv_up, latent.squeeze(1))
+        append_kv(cache, torch.cat([latent_BR, k_rope_BD], -1), step.block_table_BM, step.positions_B)
+        up_NDR = rounded_weight(self.linear_kv_up).unflatten(0, (self.heads, -1))
         up_k, up_v = up_NDR.split([m.qk_nope_head_dim, m.v_head_dim], 1)
         q_latent = torch.einsum("bnd,ndr->bnr", q_nope, up_k)
         out_BNR = mla_decode(
@@ -240,7 +232,7 @@ class GroupedQueryAttention(_SelfAttention):
         self.linear_proj = self._row(m.num_heads * m.qk_head_dim, m.hidden_size)
         self.scale = m.qk_head_dim**-0.5
 
-    def _heads_of(self, linear: ColumnParallelLinear, hidden: Tensor) -> Tensor:
+    def _heads_of(self, linear: Any, hidden: Tensor) -> Tensor:
         return linear(hidden)[0].squeeze(1).unflatten(-1, (-1, self.model.qk_head_dim))
 
     def _qkv(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +260,3 @@ class GroupedQueryAttention(_SelfAttention):
         append_kv(k_cache, k_BMD, step.block_table_BM, step.positions_B)
         append_kv(v_cache, v_BMD, step.block_table_BM, step.positions_B)
         return gqa_decode(q_BND, k_cache, v_cache, step.block_table_BM, step.seq_lens_B, self.scale)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

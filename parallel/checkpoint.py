@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from pydantic import ValidationError
 
 from r1.parallel.config import ModelConfig
+from r1.parallel.fp8 import forget_quantized
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
 
@@ -129,11 +130,13 @@ def load(
     _fill(trainer, loaded)
     if reference is not None:
         _fill(reference, loaded["reference"])
+        forget_quantized(reference.chunks)
     if optimizer:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
         trainer.steps_taken = int(state.get("steps_taken", 0))
     elif trainer.optimizer is not None:
         trainer.optimizer.reload_model_params()
+    forget_quantized(trainer.chunks)
     return state
 
 
@@ -265,3 +268,4 @@ def copy_weights(source: Trainer, target: Trainer) -> None:
         ours.load_state_dict({k: v.detach().clone() if torch.is_tensor(v) else v for k, v in state.items()})
     if target.optimizer is not None:
         target.optimizer.reload_model_params()
+    forget_quantized(target.chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -148,7 +149,17 @@ class ParallelConfig(Section):
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fp8: Literal["off", "block", "transformer_engine"] = Field(
+        "off", description="products of the layers' linears and experts in FP8: by our kernels, or linears by NVIDIA's"
+    )
     timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a forward must divide by: sequence parallelism's split, in parts that
+        TransformerEngine's FP8 takes."""
+        split = self.tensor if self.sequence else 1
+        return split * (16 if self.fp8 == "transformer_engine" else 1)
 
     def data(self, world_size: int) -> int:
         """The data-parallel size in a world of `world_size` processes; ValueError where the layout does not fit."""
@@ -167,7 +178,12 @@ class ParallelConfig(Section):
         return world_size // model
 
     def check_model(self, model: ModelConfig) -> None:
-        """ValueError where the layout does not divide the model."""
+        """ValueError where the layout does not divide the model, or wants a package that is not here."""
+        if self.fp8 == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+            raise ValueError(
+                "parallel.fp8 = transformer_engine needs the package transformer_engine, which is not installed;"
+                " wanted pip install 'r1[cuda]', or fp8 = block"
+            )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
         parts = [("num_heads", model.num_heads, "tensor", self.tensor)]

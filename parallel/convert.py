@@ -25,6 +25,7 @@ from torch import Tensor
 
 from r1.parallel.checkpoint import CheckpointError
 from r1.parallel.config import ModelConfig
+from r1.parallel.fp8 import forget_quantized
 from r1.parallel.huggingface import Part, hf_config, model_config_from_hf, parts
 from r1.parallel.model import data_shape, sharded_state
 from r1.parallel.trainer import Trainer
@@ -112,6 +113,7 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path) -> None
                 _fill(view, shard.global_offset, part, read)
     if trainer.optimizer is not None:
         trainer.optimizer.reload_model_params()
+    forget_quantized(trainer.chunks)
 
 
 def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) -> bool:

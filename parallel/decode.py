@@ -98,7 +98,8 @@ class Decoder:
 
     def _padded(self, count: int) -> int:
         """Tokens that go through the model where `count` are wanted: as the layout needs."""
-        (common,) = self.trainer.common_lengths([-(-count // self.split) * self.split])
+        multiple = self.trainer.parallel.token_multiple
+        (common,) = self.trainer.common_lengths([-(-count // multiple) * multiple])
         return common
 
     def _grow(self, rows: int) -> None:

@@ -46,7 +46,8 @@ from torch import Tensor
 from r1.kernels import rope_tables
 from r1.parallel.attention import DecodeStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.moe import DenseMLP, Experts, MixtureOfExperts, Router, SharedExperts
+from r1.parallel.fp8 import linears
+from r1.parallel.moe import BlockExperts, DenseMLP, Experts, MixtureOfExperts, Router, SharedExperts
 from r1.parallel.packing import PackedSequence
 from r1.parallel.world import World
 
@@ -58,6 +59,7 @@ class DecoderConfig(TransformerConfig):
     """Megatron's configuration, and ours beside it for our own modules."""
 
     model: ModelConfig = field(default=None, kw_only=True)  # type: ignore[assignment]
+    parallel: ParallelConfig = field(default=None, kw_only=True)  # type: ignore[assignment]
 
 
 def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfig:
@@ -94,12 +96,15 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
             overlap_p2p_comm=True,
             batch_p2p_comm=False,
         )
+    if parallel.fp8 == "transformer_engine":
+        options.update(fp8="e4m3", fp8_recipe="blockwise")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if model.num_layers % stages:
         options.update(pipeline_model_parallel_layout=uneven_layout(model, stages))
     initialise = functools.partial(torch.nn.init.normal_, mean=0.0, std=model.init_std)
     return DecoderConfig(
         model=model,
+        parallel=parallel,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -145,18 +150,21 @@ def uneven_layout(model: ModelConfig, stages: int) -> list[list[str]]:
     return layout
 
 
-def layer_spec(model: ModelConfig, moe: bool) -> ModuleSpec:
+def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
     """One decoder layer, with our attention, norms and experts in Megatron's places."""
+    model, fp8 = config.model, config.parallel.fp8
     attention = MultiHeadLatentAttention if model.architecture == "deepseek_v3" else GroupedQueryAttention
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    classes = linears(fp8)
+    projections = MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row)
     if moe:
-        shared = ModuleSpec(module=SharedExperts, submodules=linears)
+        experts = ModuleSpec(module=Experts if fp8 == "off" else BlockExperts)
+        shared = ModuleSpec(module=SharedExperts, submodules=projections)
         mlp = ModuleSpec(
             module=MixtureOfExperts,
-            submodules=MoESubmodules(experts=ModuleSpec(module=Experts), shared_experts=shared, router=Router),
+            submodules=MoESubmodules(experts=experts, shared_experts=shared, router=Router),
         )
     else:
-        mlp = ModuleSpec(module=DenseMLP, submodules=linears, params={"ffn_hidden_size": model.ffn_hidden_size})
+        mlp = ModuleSpec(module=DenseMLP, submodules=projections, params={"ffn_hidden_size": model.ffn_hidden_size})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -295,7 +303,7 @@ def build(
         offset = get_transformer_layer_offset(config, vp_stage=stage)
         count = get_num_layers_to_build(config, vp_stage=stage)
         is_moe = [model.is_moe and i >= model.num_dense_layers for i in range(model.num_layers)]
-        layers = [layer_spec(model, is_moe[i]) for i in range(offset, offset + count)]
+        layers = [layer_spec(config, is_moe[i]) for i in range(offset, offset + count)]
         chunk = DecoderModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
@@ -305,7 +313,7 @@ def build(
             post_process=last,
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="none",
-            mtp_block_spec=_mtp_spec(model) if model.num_mtp_layers and last else None,
+            mtp_block_spec=_mtp_spec(config) if model.num_mtp_layers and last else None,
             pg_collection=world.groups,
             vp_stage=stage,
             value_head=value_head,
@@ -328,14 +336,16 @@ def _mark_split_weights(chunk: DecoderModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
-def _mtp_spec(model: ModelConfig) -> ModuleSpec:
+def _mtp_spec(config: DecoderConfig) -> ModuleSpec:
+    model = config.model
     layer = ModuleSpec(
         module=MultiTokenPrediction,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,
+            # Never in FP8: the published weights have no scales for it.
             eh_proj=ColumnParallelLinear,
-            transformer_layer=layer_spec(model, model.is_moe),
+            transformer_layer=layer_spec(config, model.is_moe),
             layer_norm=RMSNorm,
         ),
     )
@@ -412,6 +422,6 @@ def rope_for(model: ModelConfig) -> Any:
 
 
 def stream_multiple(parallel: ParallelConfig) -> int:
-    """A micro-batch's token count must divide by this: the context split, then the sequence-parallel one."""
+    """A micro-batch's token count must divide by this: the context split, then what each part must divide by."""
     context = 2 * parallel.context if parallel.context > 1 else 1
-    return context * (parallel.tensor if parallel.sequence else 1)
+    return context * parallel.token_multiple

@@ -15,7 +15,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from r1.kernels import moe_layer, moe_mlp, route, swiglu
+from r1.kernels import fp8_moe_mlp, moe_layer, moe_mlp, permute, quantize_weight, route, swiglu, unpermute
+from r1.parallel.fp8 import KeepsQuantized
+from r1.parallel.linear import main_gradients, mark_as_added
 
 
 class DenseMLP(MLP):
@@ -101,28 +103,24 @@ class Experts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows (P, H) sorted by expert, tokens_per_expert (E), weights (P) → (P, H), no bias. Or tokens (T, H), ids
         (T, K), weights (T, K) → (T, H)."""
-        x, weights, main = permuted_local_hidden_states, (self.gate_up.flatten(2), self.down), self.main_gradients()
+        x, main = permuted_local_hidden_states, self.main_gradients()
         if permuted_probs.dim() == 2:
-            out = moe_layer(x, tokens_per_expert, permuted_probs, *weights, main_gradients=main)
+            out = self._layer(x, tokens_per_expert, permuted_probs, main)
         else:
-            out = moe_mlp(x, tokens_per_expert.to(x.device), *weights, permuted_probs, main)
-        if main is not None and out.requires_grad:
-            out.register_hook(self._will_add_to_main_gradients)
+            out = self._mlp(x, tokens_per_expert.to(x.device), permuted_probs, main)
+        if main:
+            mark_as_added(out, self.gate_up, self.down)
         return out, None
 
+    def _layer(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, main: Any) -> Tensor:
+        return moe_layer(x_TH, ids_TK, weights_TK, self.gate_up.flatten(2), self.down, main_gradients=main)
+
+    def _mlp(self, x_PH: Tensor, tokens_per_expert_E: Tensor, weights_P: Tensor, main: Any) -> Tensor:
+        return moe_mlp(x_PH, tokens_per_expert_E, self.gate_up.flatten(2), self.down, weights_P, main)
+
     def main_gradients(self) -> tuple[Tensor, Tensor] | None:
-        """Where Megatron's DistributedDataParallel adds up gradients, if it does: the backward adds to them itself.
-
-        Whatever gradient_accumulation_fusion says, which is for Megatron's linears and wants Apex.
-        """
-        parameters = (self.gate_up, self.down)
-        if not torch.is_grad_enabled() or not all(hasattr(p, "main_grad") and p.requires_grad for p in parameters):
-            return None
-        return self.gate_up.main_grad.view(self.gate_up.flatten(2).shape), self.down.main_grad
-
-    def _will_add_to_main_gradients(self, _: Tensor) -> None:
-        """Runs when the backward does, before the hooks that would add what it returns; they clear this every step."""
-        self.gate_up.grad_added_to_main_grad = self.down.grad_added_to_main_grad = True
+        main = main_gradients(self.gate_up, self.down)
+        return (main[0].flatten(2), main[1]) if main else None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -145,6 +143,23 @@ class Experts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are made with the rest."""
+
+
+class BlockExperts(KeepsQuantized, Experts):
+    """The routed experts with their products in FP8."""
+
+    def quantize(self) -> tuple:
+        return quantize_weight(self.gate_up.flatten(2)), quantize_weight(self.down)
+
+    def _layer(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, main: Any) -> Tensor:
+        x_PH, row_map_P, tokens_per_expert_E = permute(x_TH, ids_TK, len(self.down))
+        weights_P = weights_TK.flatten()[row_map_P]
+        out_PH = self._mlp(x_PH, tokens_per_expert_E, weights_P, main)
+        return unpermute(out_PH, row_map_P, *ids_TK.shape)
+
+    def _mlp(self, x_PH: Tensor, tokens_per_expert_E: Tensor, weights_P: Tensor, main: Any) -> Tensor:
+        weights = self.gate_up.flatten(2), self.down
+        return fp8_moe_mlp(x_PH, tokens_per_expert_E, *weights, weights_P, self.quantized(), main)
 
 
 class MixtureOfExperts(MoELayer):

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from r1.parallel.config import ModelConfig, ParallelConfig, Section
+from r1.parallel.fp8 import forget_quantized
 from r1.parallel.loss import Loss
 from r1.parallel.model import DTYPES, DecoderModel, build, rope_for, stream_multiple
 from r1.parallel.packing import MicroBatch, empty_like, pack, pad_to
@@ -125,6 +126,7 @@ class Trainer:
                 bias.copy_(before)
             raise RuntimeError(f"a gradient is not finite (loss {metrics['loss']}); the weights were left as they were")
         _, grad_norm, _ = self.optimizer.step()
+        forget_quantized(self.chunks)
         self._weights_on_their_way = self.parallel.overlap_param_gather
         self.steps_taken += 1
         metrics["grad_norm"] = float(grad_norm)
