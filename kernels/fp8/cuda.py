@@ -11,7 +11,16 @@ from torch import Tensor
 from r1 import _cuda
 from r1.kernels.backend import require
 from r1.kernels.fp8 import reference
-from r1.kernels.fp8.triton import *  # noqa: F403
+from r1.kernels.fp8.triton import (
+    dequantize,
+    quantize_1x128,
+    quantize_128x128,
+    quantize_both,
+    quantize_weight,
+    rms_norm_quantize,
+    swiglu_backward_quantize,
+    swiglu_quantize,
+)
 
 MAX_EXPERTS = 512  # csrc/fp8/schedule.h
 TYPES = (torch.float32, torch.bfloat16)
@@ -105,3 +114,21 @@ def fp8_grouped_gemm_wgrad_(
     else:
         wide = torch.promote_types(out_ENK.dtype, torch.float32)
         out_ENK.add_(fp8_grouped_gemm_wgrad(a_q_NP, a_s, b_q_KP, b_s, tokens_per_expert_E, wide))
+
+
+__all__ = [
+    "dequantize",
+    "fp8_gemm",
+    "fp8_gemm_wgrad",
+    "fp8_gemm_wgrad_",
+    "fp8_grouped_gemm",
+    "fp8_grouped_gemm_wgrad",
+    "fp8_grouped_gemm_wgrad_",
+    "quantize_1x128",
+    "quantize_128x128",
+    "quantize_both",
+    "quantize_weight",
+    "rms_norm_quantize",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
+]
