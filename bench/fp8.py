@@ -54,10 +54,10 @@ GROUPED = {
 Calls = dict[str, Callable[[], Any]]
 
 
-def ours(call: Callable[[], Any], device: str, product: bool = True) -> Calls:
+def ours(call: Callable[[], Any], device: str) -> Calls:
     backends = ["torch"]
     if device == "cuda":
-        backends += ["triton", "cuda"] if product and importlib.util.find_spec("r1._cuda") else ["triton"]
+        backends += ["triton", "cuda"] if importlib.util.find_spec("r1._cuda") else ["triton"]
     return {f"r1 {name}": _measure.with_kernels(f"r1 {name}", call) for name in backends}
 
 
@@ -114,7 +114,7 @@ def measure_dense(shape: tuple[int, ...], device: str, repeats: int) -> list[_me
     ):
         copy = torch.empty_like(source)
         calls = {"copy in bf16": lambda s=source, c=copy: c.copy_(s)}
-        calls |= ours(lambda q=quantise, s=source: q(s), device, product=False)
+        calls |= ours(lambda q=quantise, s=source: q(s), device)
         moved = lambda name, s=source, c=copies: s.numel() * (2 + (c if name.startswith("r1 ") else 2))
         records += measured(name, tuple(source.shape), calls, {}, {}, device, repeats, moved=moved)
     flops = 2.0 * M * N * K

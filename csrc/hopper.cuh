@@ -115,11 +115,12 @@ struct Hopper {
   // Starts part (64 x COLUMNS) = a (64 x 128) @ b (COLUMNS x 128).T, both in swizzled rows of 128 bytes.
   template <int COLUMNS>
   __device__ void multiply(float (&part)[COLUMNS / 2], uint32_t a, uint32_t b, int) const {
-    using fp8::MATRIX_DEPTH, fp8::matrix_descriptor;
+    using fp8::MATRIX_DEPTH, fp8::matrix_descriptor, fp8::further_along;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    const uint64_t of_a = matrix_descriptor(a), of_b = matrix_descriptor(b);
 #pragma unroll
     for (int depth = 0; depth < fp8::BLOCK; depth += MATRIX_DEPTH) {
-      warp_group_product(part, matrix_descriptor(a, depth), matrix_descriptor(b, depth), depth > 0);
+      warp_group_product(part, further_along(of_a, depth), further_along(of_b, depth), depth > 0);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   }
@@ -135,11 +136,13 @@ struct Hopper {
 
   // ---------------------------------------------------------------------------------------------- stores
 
-  template <bool ACCUMULATE>
   __device__ void store_two(float *to, float first, float second) const {
-    float2 *pair = reinterpret_cast<float2 *>(to);
-    float2 value = ACCUMULATE ? *pair : make_float2(0.0f, 0.0f);
-    *pair = make_float2(value.x + first, value.y + second);
+    *reinterpret_cast<float2 *>(to) = make_float2(first, second);
+  }
+  // Added by the cache, so that nothing waits for what was there. One addition an element: the order is no question. A
+  // sum that is denormal becomes 0.
+  __device__ void add_two(float *to, float first, float second) const {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
   }
   __device__ void put_two(__nv_bfloat16 *to, float first, float second) const {
     *reinterpret_cast<__nv_bfloat162 *>(to) = __floats2bfloat162_rn(first, second);

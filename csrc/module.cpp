@@ -109,6 +109,29 @@ void fp8_gemm(const std::string &groups, bool square, bool accumulate, bool bflo
   multiply(product);
 }
 
+// A tensor of matrices: its address and the elements from one matrix, and from one row, to the next.
+using MatrixArguments = std::tuple<uintptr_t, int64_t, int64_t>;
+
+void fp8_quantize(bool square, bool power_of_two, bool bfloat16, int batch, int rows, int columns, MatrixArguments x,
+                  MatrixArguments values, MatrixArguments across, uintptr_t scales, uintptr_t across_scales,
+                  uintptr_t stream) {
+  using namespace r1::fp8;
+  Quantization job{};
+  job.rows = rows;
+  job.columns = columns;
+  job.power_of_two = power_of_two;
+  uintptr_t x_address, values_address, across_address;
+  std::tie(x_address, job.x_batch, job.x_row) = x;
+  std::tie(values_address, job.values_batch, job.values_row) = values;
+  std::tie(across_address, job.across_batch, job.across_row) = across;
+  job.values = pointer<uint8_t *>(values_address);
+  job.across = pointer<uint8_t *>(across_address);
+  job.scales = pointer<float *>(scales);
+  job.across_scales = pointer<float *>(across_scales);
+  py::gil_scoped_release release;
+  quantize(job, pointer<const void *>(x_address), bfloat16, batch, square, pointer<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -127,4 +150,10 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("stream"),
              "Launches out = a @ b.T of block-scaled e4m3 (csrc/fp8/gemm.h) on device pointers, unchecked: "
              "r1.kernels.fp8 is the checked way. RuntimeError where there is no driver or the launch fails.");
+  module.def(
+      "fp8_quantize", &fp8_quantize, py::kw_only(), py::arg("square"), py::arg("power_of_two"), py::arg("bfloat16"),
+      py::arg("batch"), py::arg("rows"), py::arg("columns"), py::arg("x"), py::arg("values"), py::arg("across"),
+      py::arg("scales"), py::arg("across_scales"), py::arg("stream"),
+      "Launches a quantiser to block-scaled e4m3 (csrc/fp8/quantize.h) on device pointers, unchecked; an address "
+      "of 0 for `across` leaves it out.");
 }

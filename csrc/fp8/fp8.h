@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "gemm.h"
+#include "quantize.h"
 
 namespace r1::fp8 {
 
@@ -29,5 +30,9 @@ struct Product {
 };
 
 void multiply(const Product &product);
+
+// `batch` matrices at x, bfloat16 or float32; with one scale for 128 x 128 if `square`, and the transposed values where
+// job.across is there.
+void quantize(const Quantization &job, const void *x, bool bfloat16, int batch, bool square, cudaStream_t stream);
 
 }  // namespace r1::fp8

@@ -2,7 +2,6 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
-#include <mutex>
 
 #include "../hopper.cuh"
 #include "../launch.h"
@@ -42,11 +41,9 @@ template <int ROWS, int COLUMNS, Groups GROUPS, bool SQUARE, bool ACCUMULATE, cl
 void launch(const Product &product, int pairs, int multiprocessors) {
   using Config = fp8::Config<ROWS, COLUMNS, GROUPS, SQUARE, ACCUMULATE, Out>;
   constexpr int BYTES = Config::Layout::BYTES;
-  static std::once_flag once;
-  std::call_once(once, [] {
-    check(cudaFuncSetAttribute(gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES),
-          "cudaFuncSetAttribute");
-  });
+  // At every launch: it holds for one device only, and gives a new thread the context that the tensor maps need.
+  check(cudaFuncSetAttribute(gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES),
+        "cudaFuncSetAttribute");
   const Problem &problem = product.problem;
   const int64_t b_rows = int64_t{GROUPS == Groups::ROWS ? problem.experts : 1} * problem.columns;
   const CUtensorMap a = tensor_map(product.a, problem.rows, problem.depth, ROWS / PAIR);

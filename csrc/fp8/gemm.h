@@ -31,6 +31,10 @@ struct Scales {
   int64_t a_row, a_block, b_expert, b_row, b_block;
 };
 
+struct alignas(8) Two {
+  float left, right;
+};
+
 template <class Config, class Machine, class Map>
 struct Gemm {
   using Layout = typename Config::Layout;
@@ -178,15 +182,12 @@ struct Gemm {
     machine.wait_for_products(part);
     R1_UNROLL
     for (int i = 0; i < SUMS; i += 4) {
-      float left = 1.0f, right = 1.0f;
-      if constexpr (!Config::SQUARE) {
-        left = of_b[accumulator_column(thread, i)];
-        right = of_b[accumulator_column(thread, i + 1)];
-      }
-      sums[i] += part[i] * (Config::SQUARE ? upper : upper * left);
-      sums[i + 1] += part[i + 1] * (Config::SQUARE ? upper : upper * right);
-      sums[i + 2] += part[i + 2] * (Config::SQUARE ? lower : lower * left);
-      sums[i + 3] += part[i + 3] * (Config::SQUARE ? lower : lower * right);
+      Two beside = {1.0f, 1.0f};
+      if constexpr (!Config::SQUARE) beside = *reinterpret_cast<const Two *>(of_b + accumulator_column(thread, i));
+      sums[i] += part[i] * (Config::SQUARE ? upper : upper * beside.left);
+      sums[i + 1] += part[i + 1] * (Config::SQUARE ? upper : upper * beside.right);
+      sums[i + 2] += part[i + 2] * (Config::SQUARE ? lower : lower * beside.left);
+      sums[i + 3] += part[i + 3] * (Config::SQUARE ? lower : lower * beside.right);
     }
   }
 
@@ -226,13 +227,16 @@ struct Gemm {
       for (int i = 2 * half; i < SUMS; i += 4) {
         const int column = tile.column + accumulator_column(thread, i);
         if (problem.columns % 2 == 0) {
-          if (column < problem.columns)
-            machine.template store_two<Config::ACCUMULATE>(line + column, sums[i], sums[i + 1]);
+          if (column >= problem.columns) continue;
+          if constexpr (Config::ACCUMULATE) {
+            machine.add_two(line + column, sums[i], sums[i + 1]);
+          } else {
+            machine.store_two(line + column, sums[i], sums[i + 1]);
+          }
         } else {
           R1_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            if (column + j < problem.columns)
-              line[column + j] = (Config::ACCUMULATE ? line[column + j] : 0.0f) + sums[i + j];
+          for (int j = 0; j < 2 && column + j < problem.columns; ++j) {
+            line[column + j] = (Config::ACCUMULATE ? line[column + j] : 0.0f) + sums[i + j];
           }
         }
       }

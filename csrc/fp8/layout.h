@@ -21,11 +21,13 @@ constexpr int STAGED_STRIDE = STAGED_COLUMNS + 8;      // padded by 16 bytes: ne
 R1_BOTH constexpr int swizzled(int row, int byte) { return row * BLOCK + (byte ^ (row % 8 * 16)); }
 
 // What the matrix units want to know of such a tile (PTX ISA, wgmma, "matrix descriptor"): where it begins, 1024 bytes
-// from eight rows to the next eight, a 128-byte swizzle. The tile `depth` further along begins so many bytes later.
-R1_BOTH constexpr uint64_t matrix_descriptor(uint32_t shared_address, int depth) {
-  return ((shared_address + depth) >> 4 & 0x3FFF) | uint64_t{1} << 16 | uint64_t{SWIZZLE_BYTES >> 4} << 32 |
-         uint64_t{1} << 62;
+// from eight rows to the next eight, a 128-byte swizzle.
+R1_BOTH constexpr uint64_t matrix_descriptor(uint32_t shared_address) {
+  return (shared_address >> 4 & 0x3FFF) | uint64_t{1} << 16 | uint64_t{SWIZZLE_BYTES >> 4} << 32 | uint64_t{1} << 62;
 }
+
+// That of the same rows from `depth` bytes on: a tile begins at a multiple of 1024, so that nothing carries over.
+R1_BOTH constexpr uint64_t further_along(uint64_t descriptor, int depth) { return descriptor + (depth >> 4); }
 
 // Which element of a 64-row product a thread of the warp group has in its i-th accumulator.
 R1_BOTH constexpr int accumulator_row(int thread, int i) {

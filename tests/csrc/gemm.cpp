@@ -1,4 +1,4 @@
-// csrc/fp8/gemm.h on the CPU's machine, for tests/csrc/test_fp8.py.
+// csrc/fp8/gemm.h on the CPU's machine, for tests/csrc/test_fp8_gemm.py.
 #include "../../csrc/fp8/gemm.h"
 
 #include "../../csrc/fp8/choose.h"

@@ -216,8 +216,8 @@ class Cpu {
   void multiply(float (&part)[COLUMNS / 2], uint32_t a, uint32_t b, int thread) {
     for (float &x : part) x = std::numeric_limits<float>::quiet_NaN();
     for (int i = 0; i < fp8::BLOCK / fp8::MATRIX_DEPTH; ++i) {
-      a_[i] = fp8::matrix_descriptor(a, i * fp8::MATRIX_DEPTH);
-      b_[i] = fp8::matrix_descriptor(b, i * fp8::MATRIX_DEPTH);
+      a_[i] = fp8::further_along(fp8::matrix_descriptor(a), i * fp8::MATRIX_DEPTH);
+      b_[i] = fp8::further_along(fp8::matrix_descriptor(b), i * fp8::MATRIX_DEPTH);
     }
     group_thread_ = thread;
   }
@@ -242,11 +242,12 @@ class Cpu {
     }
   }
 
-  template <bool ACCUMULATE>
   void store_two(float *to, float first, float second) const {
-    to[0] = (ACCUMULATE ? to[0] : 0.0f) + first;
-    to[1] = (ACCUMULATE ? to[1] : 0.0f) + second;
+    if (reinterpret_cast<uintptr_t>(to) % 8) std::abort();
+    to[0] = first;
+    to[1] = second;
   }
+  void add_two(float *to, float first, float second) const { store_two(to, to[0] + first, to[1] + second); }
   void put_two(BFloat16 *to, float first, float second) const {
     to[0] = bfloat16(first);
     to[1] = bfloat16(second);

@@ -36,6 +36,14 @@ def test_matrix_kernels_use_what_hopper_has_and_do_not_spill() -> None:
         assert re.search(r"STACK:0\b", usage[name]), usage[name]
 
 
+def test_quantisers_do_not_spill_and_leave_room_for_two_blocks() -> None:
+    usage = {name: text for name, text in dump("-res-usage").items() if "quantize_kernel" in name}
+    assert len(usage) == 8
+    for text in usage.values():
+        registers, stack = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+        assert registers <= 128 and stack == 0, text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_driver_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*(driver|device)"):
@@ -44,3 +52,34 @@ def test_a_launch_without_a_driver_says_so() -> None:
             a_scales=(0, 1, 1), b=(0, 16), b_scales=(0, 1, 1), b_scales_per_expert=0, out=0, experts=1,
             tokens_per_expert=0, wide_counts=False, tile=-1, stream=0,
         )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_operator_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments in their places, types and numbers: all that fails is the driver."""
+    from r1.kernels import quantize_1x128, quantize_both, quantize_weight
+    from r1.kernels.fp8 import cuda as fp8
+
+    monkeypatch.setattr(fp8, "_stream", lambda x: 0)
+    x, counts = torch.randn(5, 24), torch.tensor([2, 3])
+    (q, s, q_across, s_across), (w, w_s, _) = quantize_both(x), quantize_weight(torch.randn(7, 24))
+    ws, ws_s, _ = quantize_weight(torch.randn(2, 7, 24))
+    wide, wide_s = quantize_1x128(torch.randn(24, 5))
+    half = torch.bfloat16
+    for call in (
+        lambda: fp8.quantize_1x128(x, False),
+        lambda: fp8.quantize_128x128(x.to(half), True),
+        lambda: fp8.quantize_both(x, False),
+        lambda: fp8.quantize_weight(torch.randn(2, 7, 24)),
+        lambda: fp8.fp8_gemm(q, s, w, w_s, half),
+        lambda: fp8.fp8_gemm(q, s, w, w_s, torch.float16),
+        lambda: fp8.fp8_gemm_wgrad(q_across, s_across, wide, wide_s, half),
+        lambda: fp8.fp8_gemm_wgrad_(torch.zeros(24, 24), q_across, s_across, wide, wide_s),
+        lambda: fp8.fp8_grouped_gemm(q, s, ws, ws_s, counts, half),
+        lambda: fp8.fp8_grouped_gemm_wgrad(q_across, s_across, wide, wide_s, counts, torch.float32),
+        lambda: fp8.fp8_grouped_gemm_wgrad_(torch.zeros(2, 24, 24), q_across, s_across, wide, wide_s, counts.int()),
+    ):
+        with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+            call()
+    with pytest.raises(ValueError, match=r"tokens_per_expert_E is a \(513,\).*wanted 1 to 512 experts"):
+        fp8.fp8_grouped_gemm_wgrad(q_across, s_across, wide, wide_s, counts.new_zeros(513), torch.float32)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from r1.parallel.world import leave
 from tests.parallel.spawn import ProcessPool
 
 
@@ -16,3 +17,13 @@ def pools() -> Iterator[dict[int, ProcessPool]]:
     yield worlds
     for world in worlds.values():
         world.kill()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet(pools: dict[int, ProcessPool]) -> Iterator[None]:
+    """After a file its process groups end: each has threads that wake a hundred times a second, and all worlds together
+    took half of the machine from the tests after them."""
+    yield
+    for pool in pools.values():
+        if pool.processes:
+            pool.run(leave)

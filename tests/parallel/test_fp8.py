@@ -248,10 +248,12 @@ def test_the_loss_follows(small_problem: Problem) -> None:
         several_steps("deepseek", parallel, "supervised", batches, steps=20)["metrics"]
         for parallel in (ParallelConfig(), BLOCK)
     )
-    for a, b in zip(plain, block, strict=True):
-        assert a["loss"] != b["loss"]
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.1, abs=0.05), f"seed {SEED}"
-    assert block[-1]["loss"] < 0.75 * block[0]["loss"]
+    a, b = ([step["loss"] for step in steps] for steps in (plain, block))
+    assert a != b
+    # Single steps of so few samples differ by a tenth and more; the mean of 20 steps by 2 % (deviation over seeds).
+    assert b[0] == pytest.approx(a[0], rel=0.02)
+    assert sum(b) == pytest.approx(sum(a), rel=0.1)
+    assert b[-1] < 0.5 * b[0]
 
 
 # ------------------------------------------------------------------------------------------------ quantised weights

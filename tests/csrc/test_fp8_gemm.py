@@ -7,31 +7,21 @@ barriers and their phases, scales, masks, and what is stored.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from r1.kernels import dequantize, quantize_1x128, quantize_128x128
+from tests.csrc.build import build
 
-HERE = Path(__file__).parent
 TILES = [(256, 128), (128, 128), (128, 64)]
 NONE, ROWS, DEPTH = range(3)
-
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("csrc") / "libgemm.so"
-    options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
-    built = subprocess.run(["g++", *options, HERE / "gemm.cpp", "-o", path], capture_output=True, text=True)
-    assert built.returncode == 0 and not built.stderr, built.stderr
-    return ctypes.CDLL(str(path))
+    return build("gemm.cpp", tmp_path_factory.mktemp("csrc"))
 
 
 def emulate(
