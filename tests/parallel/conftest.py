@@ -1,4 +1,4 @@
-"""Worlds shared by all tests of this folder."""
+"""Worlds shared by all tests of a file."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from r1.parallel.world import leave
 from tests.parallel.spawn import ProcessPool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, ProcessPool]]:
-    """{2: two processes, 4: four processes}; each starts when it is first used."""
+    """{2: two processes, 4: four processes}; each starts when it is first used, and ends with the file: its process
+    groups have threads that wake a hundred times a second, and took half of the machine from the tests after it."""
     worlds = {size: ProcessPool(size) for size in (2, 4)}
     yield worlds
     for world in worlds.values():
         world.kill()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet(pools: dict[int, ProcessPool]) -> Iterator[None]:
-    """After a file its process groups end: each has threads that wake a hundred times a second, and all worlds together
-    took half of the machine from the tests after them."""
-    yield
-    for pool in pools.values():
-        if pool.processes:
-            pool.run(leave)
