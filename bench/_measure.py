@@ -94,6 +94,43 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
+def beside_a_copy(
+    base: Record, calls: dict[str, Callable[[], Any]], exact: Any, moved: float, device: str, repeats: int
+) -> list[Record]:
+    """One record a contender, each of which moves that many bytes: its rate, what part that is of a copy's of as many
+    bytes in the same turns, and its error: the largest of `exact`, tensors, beside what the call returns."""
+    errors, records = {"copy": None}, []
+    for name in list(calls):
+        try:
+            result = calls[name]()
+            errors[name] = max((relative_error(a, b) for a, b in zip(result, exact, strict=True)), default=None)
+        except Exception as error:  # a peer that fails must not cost the other results
+            if name.startswith("r1 "):
+                raise
+            records.append({**base, "name": name, "failed": f"{type(error).__name__}: {error}"[:300]})
+            del calls[name]
+    source = torch.ones(int(moved) // 2, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    times = side_by_side({"copy": lambda: target.copy_(source), **calls}, device, repeats)
+    for name, took in times.items():
+        rates = {"gigabytes_per_second": moved / took / 1e9, "of_a_copy": times["copy"] / took}
+        records.append({**base, "name": name, "seconds": took, "relative_error": errors[name], **rates})
+    return records
+
+
+def show_beside_a_copy(title: str, records: list[Record]) -> None:
+    rows = []
+    for r in records:
+        row = [f"{r['task']}: {r['name']}", r["shape"]]
+        if "failed" in r:
+            rows.append([*row, r["failed"], "", "", ""])
+            continue
+        error = "" if r["relative_error"] is None else f"{r['relative_error']:.1e}"
+        rate = f"{r['gigabytes_per_second']:.4g}"
+        rows.append([*row, f"{r['seconds'] * 1e3:.3f}", rate, f"{r['of_a_copy']:.2f}", error])
+    show(title, ["", "shape", "ms", "GB/s", "of a copy", "error"], rows)
+
+
 def with_kernels(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """`call` under the backend that a contender's name says: "r1 triton" is r1 with R1_KERNELS=triton."""
 
@@ -142,9 +179,10 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
-def save(family: str, device: str, records: list[Record], folder: Path = RESULTS) -> Path:
+def save(family: str, device: str, records: list[Record], folder: Path = RESULTS, of: str | None = None) -> Path:
+    """`of` names what the results are of, where that is not the device that they were made on."""
     folder.mkdir(parents=True, exist_ok=True)
-    short = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    short = of or ("cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-"))
     path = folder / f"{family}-{short}.json"
     path.write_text(json.dumps({"machine": machine(device), "records": records}, indent=1) + "\n")
     return path

@@ -5,9 +5,12 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string>
 #include <tuple>
+#include <utility>
 
+#include "fp8/choose.h"
 #include "fp8/fp8.h"
 #include "launch.h"
 
@@ -132,6 +135,28 @@ void fp8_quantize(bool square, bool power_of_two, bool bfloat16, int batch, int 
   quantize(job, pointer<const void *>(x_address), bfloat16, batch, square, pointer<cudaStream_t>(stream));
 }
 
+template <size_t... TILE>
+int shared_bytes(int rows, int columns, bool square, bool bfloat16, std::index_sequence<TILE...>) {
+  using namespace r1::fp8;
+  int bytes = 0;
+  const auto look = [&](auto tile) {
+    constexpr TileShape SHAPE = TILES[decltype(tile)::value];
+    if (rows == SHAPE.rows && columns == SHAPE.columns) {
+      const int narrow = square ? Layout<SHAPE.rows, SHAPE.columns, true, true>::BYTES
+                                : Layout<SHAPE.rows, SHAPE.columns, false, true>::BYTES;
+      const int wide = square ? Layout<SHAPE.rows, SHAPE.columns, true, false>::BYTES
+                              : Layout<SHAPE.rows, SHAPE.columns, false, false>::BYTES;
+      bytes = bfloat16 ? narrow : wide;
+    }
+  };
+  (look(std::integral_constant<size_t, TILE>{}), ...);
+  return bytes;
+}
+
+int fp8_shared_bytes(int rows, int columns, bool square, bool bfloat16) {
+  return shared_bytes(rows, columns, square, bfloat16, std::make_index_sequence<std::size(r1::fp8::TILES)>{});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -156,4 +181,7 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("scales"), py::arg("across_scales"), py::arg("stream"),
       "Launches a quantiser to block-scaled e4m3 (csrc/fp8/quantize.h) on device pointers, unchecked; an address "
       "of 0 for `across` leaves it out.");
+  module.def("fp8_shared_bytes", &fp8_shared_bytes, py::arg("rows"), py::arg("columns"), py::arg("square"),
+             py::arg("bfloat16"),
+             "Shared memory that a block of fp8_gemm's kernel asks for at launch; 0 for a tile that does not exist.");
 }

@@ -2,8 +2,8 @@
 
 One rollout serves `minibatches_per_rollout` optimiser steps, each on prompts of its own. With one step a rollout the
 old policy is the one that sampled, so its log-probabilities are the rollout's; with several (or where importance_cap
-compares the two) they are computed again by the training path. The mismatch of the two paths is logged where both are
-known: every time, or for one group of every tenth step.
+compares the two) they are computed again by the training path. The mismatch of the two paths is logged in every step:
+of all completions where both are known, else of one group.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _rollout(
     metrics = {"seconds_rollout": rollout_seconds, "seconds_rewards": reward_seconds}
     with run.timer.phase("logprobs"):
         began = run.timer.seconds
-        metrics |= _old_logprobs(engine, settings, flat, look=step % LOOK_INTERVAL_STEPS == 0)
+        metrics |= _old_logprobs(engine, settings, flat)
         if settings.kl_coefficient > 0:
             reference, _ = engine.logprobs(flat, "reference", settings.temperature, settings.tokens_per_micro_batch)
             for sample, values in zip(flat, reference, strict=True):
@@ -145,19 +145,22 @@ def _rollout(
     )
 
 
-def _old_logprobs(engine: Engine, settings: GrpoStage, samples: list[Sample], look: bool) -> dict[str, float]:
-    """Where they differ from the rollout's, put the training path's log-probabilities into the samples as the old
-    policy's; else compute those of one group to `look` at the mismatch (mean absolute difference, nats a token)."""
+def _old_logprobs(engine: Engine, settings: GrpoStage, samples: list[Sample]) -> dict[str, float]:
+    """How far the training path's log-probabilities are from the rollout's, nats a token: of all samples where they
+    then stand for the old policy's, else of one group. Mean and largest difference, and the k3 estimate of the
+    divergence of the two (http://joschu.net/blog/kl-approx.html)."""
     again = settings.minibatches_per_rollout > 1 or settings.importance_cap is not None
-    chosen = samples if again else samples[: settings.completions_per_prompt] if look else []
-    if not chosen:
-        return {}
+    chosen = samples if again else samples[: settings.completions_per_prompt]
     recomputed, _ = engine.logprobs(chosen, "policy", settings.temperature, settings.tokens_per_micro_batch)
-    gaps = [abs(a - b) for s, own in zip(chosen, recomputed, strict=True) for a, b in zip(own, s.rollout_logprobs)]
+    gaps = [a - b for s, own in zip(chosen, recomputed, strict=True) for a, b in zip(own, s.rollout_logprobs)]
     if again:
         for sample, values in zip(chosen, recomputed, strict=True):
             sample.old_logprobs = values
-    return {"mismatch": sum(gaps) / len(gaps)}
+    return {
+        "mismatch": sum(map(abs, gaps)) / len(gaps),
+        "mismatch_max": max(map(abs, gaps)),
+        "mismatch_k3": sum(math.expm1(gap) - gap for gap in gaps) / len(gaps),
+    }
 
 
 def _score(
@@ -223,7 +226,7 @@ def _learn(
     progress: StageProgress,
 ) -> int:
     """One optimiser step a minibatch; the next step's number."""
-    mismatch = {name: costs.pop(name) for name in ("mismatch",) if name in costs}
+    mismatch = {name: costs.pop(name) for name in ("mismatch", "mismatch_max", "mismatch_k3")}
     share = {name: value / len(minibatches) for name, value in costs.items()}
     for samples, rows in zip(minibatches, scores, strict=True):
         if step >= run.settings.steps:
@@ -232,6 +235,7 @@ def _learn(
         with run.timer.phase("train"):
             began = run.timer.seconds
             metrics = engine.grpo_step(samples, lr=lr, stage=settings)
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch")}
             share["seconds_train"] = run.timer.seconds - began
         names = sorted({name for row in rows for name in row})
         means = {n: sum(r[n] for r in rows if n in r) / max(1, sum(n in r for r in rows)) for n in names}

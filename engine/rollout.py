@@ -120,7 +120,10 @@ def _wave(
         drawn = None
         if logits_BV is not None:
             uniform = _uniform(streams[rows.cpu().numpy()], step).to(device)
-            drawn = torch.stack([x.double() for x in draw(logits_BV, uniform, sampling.temperature, sampling.top_p)])
+            new, new_logprobs = draw(logits_BV, uniform, sampling.temperature, sampling.top_p)
+            if trainer.parallel.numerics == "exact":
+                new_logprobs = decoder.logprobs(new, sampling.temperature or 1.0, vocab_size)
+            drawn = torch.stack([new.double(), new_logprobs.double()])
         drawn = decoder.share(drawn, (2, rows.numel()), torch.float64)
         new, new_logprobs = drawn[0].long(), drawn[1].float()
         live = rows[alive]

@@ -1,6 +1,8 @@
 """r1's operators: each usable alone, on tensors. One folder a family; backend.py says how a backend is chosen."""
 
+from r1.kernels.exact import numerics
 from r1.kernels.fp8 import (
+    QuantizedInput,
     dequantize,
     fp8_gemm,
     fp8_gemm_wgrad,
@@ -10,6 +12,8 @@ from r1.kernels.fp8 import (
     fp8_grouped_gemm_wgrad_,
     fp8_linear,
     fp8_moe_mlp,
+    fp8_rms_norm,
+    fp8_swiglu,
     quantize_1x128,
     quantize_128x128,
     quantize_both,
@@ -43,6 +47,7 @@ from r1.kernels.norm import apply_rope, rms_norm, rope_tables, yarn_softmax_scal
 from r1.kernels.optim import adamw_step, grad_norm
 
 __all__ = [
+    "QuantizedInput",
     "adamw_step",
     "aggregation_weights",
     "append_kv",
@@ -56,6 +61,8 @@ __all__ = [
     "fp8_grouped_gemm_wgrad_",
     "fp8_linear",
     "fp8_moe_mlp",
+    "fp8_rms_norm",
+    "fp8_swiglu",
     "gqa_decode",
     "grad_norm",
     "group_advantages",
@@ -71,6 +78,7 @@ __all__ = [
     "moe_mlp",
     "moe_mlp_masked",
     "permute",
+    "numerics",
     "quantize_128x128",
     "quantize_both",
     "quantize_1x128",

@@ -16,15 +16,18 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from r1.kernels import (
+    QuantizedInput,
     append_kv,
     apply_rope,
+    fp8_rms_norm,
     gqa_decode,
+    grouped_gemm,
     mla_attention,
     mla_decode,
     rms_norm,
     yarn_softmax_scale,
 )
-from r1.parallel.fp8 import linears, local_product, rounded_input, rounded_weight
+from r1.parallel.fp8 import fetch_weight, linears, local_product, rounded_input, rounded_weight
 from r1.parallel.linear import parameter_device
 from r1.parallel.packing import PackedSequence
 
@@ -56,6 +59,22 @@ class RMSNorm(MegatronModule):
         return rms_norm(x, self.weight, self.eps)
 
 
+class QuantizingRMSNorm(RMSNorm):
+    """The norm whose result exists in FP8 alone."""
+
+    def forward(self, x: Tensor) -> QuantizedInput:  # type: ignore[override]
+        return fp8_rms_norm(x, self.weight, self.eps)
+
+
+def norm_of_linears(config: Any, of_layer: bool = True) -> type[RMSNorm]:
+    """The norm for results that nothing but linears reads. Not in FP8 where Megatron handles the result between the
+    two: where it gathers sequence-parallel parts, and where it recomputes the layer's own norms."""
+    parallel = config.parallel
+    recomputed = of_layer and parallel.recompute == "selective"
+    fused = parallel.fp8 == "block" and not recomputed and not config.sequence_parallel
+    return QuantizingRMSNorm if fused else RMSNorm
+
+
 class _SelfAttention(MegatronModule):
     """What the two kinds share: context-parallel gathering, the output projection, Megatron's calling convention."""
 
@@ -65,7 +84,8 @@ class _SelfAttention(MegatronModule):
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.model = config.model
         self.heads = self.model.num_heads // self.groups.tp.size()
-        self.linears = linears(config.parallel.fp8)
+        self.linears = linears(config.parallel)
+        self.exact = config.parallel.numerics == "exact"
 
     def _column(self, in_size: int, out_size: int, bias: bool = False) -> Any:
         return self.linears.column(
@@ -127,7 +147,7 @@ class MultiHeadLatentAttention(_SelfAttention):
         q_width = m.num_heads * m.qk_head_dim
         if m.q_lora_rank:
             self.linear_q_down = self.linears.replicated(config, m.hidden_size, m.q_lora_rank)
-            self.q_norm = RMSNorm(config, m.q_lora_rank, m.norm_eps)
+            self.q_norm = norm_of_linears(config, of_layer=False)(config, m.q_lora_rank, m.norm_eps)
             self.linear_q_up = self._column(m.q_lora_rank, q_width)
         else:
             self.linear_q_up = self._column(m.hidden_size, q_width)
@@ -166,6 +186,8 @@ class MultiHeadLatentAttention(_SelfAttention):
                 whole = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
             whole = rounded_input(self.linear_kv_up, whole.squeeze(1))
             packed.caches[self.layer_number] = (torch.cat([whole, k_rope_TD], -1),)
+        if self.exact:
+            return self._attend_as_decoded(q_TND, latent, k_rope_TD, packed)
         if packed.gather_order_T is not None:
             if self.config.sequence_parallel:
                 latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
@@ -186,6 +208,37 @@ class MultiHeadLatentAttention(_SelfAttention):
             query_index_T=packed.local_index_T,
         )
 
+    def _attend_as_decoded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
+        """Over the latents themselves, in the order of decoding: R wide, not expanded for the heads, so that the
+        products are 3.4 times as many in V3's attention, and the same bits in rollout and training."""
+        fetch_weight(self.linear_kv_up)
+        m, (up_k, up_v) = self.model, self._up()
+        q_nope, q_rope = q_TND.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
+        keys = self._whole_stream(torch.cat([latent.squeeze(1), k_rope_TD], -1), packed)[:, None]
+        out_TNR = mla_attention(
+            torch.cat([self._by_head(q_nope, up_k), q_rope], -1),
+            keys,
+            keys[..., : m.kv_lora_rank],
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            self.scale,
+            query_index_T=packed.local_index_T,
+        )
+        return self._by_head(out_TNR, up_v.transpose(1, 2))
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """(N, Dn, R) and (N, Dv, R): the up projections of keys and values, as training multiplies by them."""
+        up_NDR = rounded_weight(self.linear_kv_up).unflatten(0, (self.heads, -1))
+        return up_NDR.split([self.model.qk_nope_head_dim, self.model.v_head_dim], 1)
+
+    def _by_head(self, x_TND: Tensor, weight_NDR: Tensor) -> Tensor:
+        """(T, N, R): every head's rows times its own matrix."""
+        if not self.exact:
+            return torch.einsum("tnd,ndr->tnr", x_TND, weight_NDR)
+        T, N, _ = x_TND.shape
+        counts = torch.full((N,), T, dtype=torch.int64, device=x_TND.device)
+        return grouped_gemm(x_TND.transpose(0, 1).flatten(0, 1), weight_NDR, counts).view(N, T, -1).transpose(0, 1)
+
     def _expand_gathered(self, latent_TR: Tensor) -> Tensor:
         """The up projection of latents that are already whole: no further gathering, gradient summed over the ranks
         (under sequence parallelism by the gather's reduce-scatter)."""
@@ -203,18 +256,16 @@ class MultiHeadLatentAttention(_SelfAttention):
         # Both as the up projection rounds them in training, where keys and values are made of them.
         latent_BR = rounded_input(self.linear_kv_up, latent.squeeze(1))
         append_kv(cache, torch.cat([latent_BR, k_rope_BD], -1), step.block_table_BM, step.positions_B)
-        up_NDR = rounded_weight(self.linear_kv_up).unflatten(0, (self.heads, -1))
-        up_k, up_v = up_NDR.split([m.qk_nope_head_dim, m.v_head_dim], 1)
-        q_latent = torch.einsum("bnd,ndr->bnr", q_nope, up_k)
+        up_k, up_v = self._up()
         out_BNR = mla_decode(
-            torch.cat([q_latent, q_rope], -1),
+            torch.cat([self._by_head(q_nope, up_k), q_rope], -1),
             cache,
             step.block_table_BM,
             step.seq_lens_B,
             self.scale,
             m.kv_lora_rank,
         )
-        return torch.einsum("bnr,ndr->bnd", out_BNR, up_v)
+        return self._by_head(out_BNR, up_v.transpose(1, 2))
 
 
 class GroupedQueryAttention(_SelfAttention):

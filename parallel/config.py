@@ -152,6 +152,9 @@ class ParallelConfig(Section):
     fp8: Literal["off", "block", "transformer_engine"] = Field(
         "off", description="products of the layers' linears and experts in FP8: by our kernels, or linears by NVIDIA's"
     )
+    numerics: Literal["fast", "exact"] = Field(
+        "fast", description="exact: rollout and training give the same log-probabilities, bit for bit"
+    )
     timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
 
     @property
@@ -184,6 +187,14 @@ class ParallelConfig(Section):
                 "parallel.fp8 = transformer_engine needs the package transformer_engine, which is not installed;"
                 " wanted pip install 'r1[cuda]', or fp8 = block"
             )
+        if self.numerics == "exact":
+            for axis, value, wanted in (
+                ("fp8", self.fp8, "off"), ("tensor", self.tensor, 1), ("expert_tensor", self.expert_tensor, 1),
+            ):  # fmt: skip
+                if value != wanted:
+                    raise ValueError(
+                        f"parallel.{axis} = {value} is not possible with numerics = exact, wanted {wanted}"
+                    )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
         parts = [("num_heads", model.num_heads, "tensor", self.tensor)]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r1.kernels import linear_logprob, numerics
 from r1.parallel.attention import DecodeStep
 from r1.parallel.packing import MicroBatch, PackedSequence, pad_to
 from r1.parallel.trainer import Trainer
@@ -53,6 +54,16 @@ class Decoder:
             dist.all_gather(parts, logits_BV.contiguous(), group=group)
             logits_BV = torch.cat(parts, -1)
         return logits_BV[:, :vocab_size]
+
+    def logprobs(self, tokens_B: Tensor, temperature: float, vocab_size: int) -> Tensor:
+        """log p (B) float32 of these tokens after every sequence, made as training makes it. On the last stage."""
+        model = self.chunks[-1]
+        group = model.pg_collection.tp if model.pg_collection.tp.size() > 1 else None
+        with numerics(self.trainer.parallel.numerics):
+            return model.head(
+                self.last_hidden,
+                lambda h, w: linear_logprob(h, w, tokens_B, temperature, tp_group=group, vocab_size=vocab_size),
+            )
 
     def share(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that the last pipeline stage made, on every stage."""
@@ -153,7 +164,8 @@ class Decoder:
                 received = torch.empty(shape, dtype=chunk.config.params_dtype, device=self.device)
                 dist.recv(received, src=before, group=group)
                 chunk.set_input_tensor(received)
-            output = chunk(tokens_T, packed)
+            with numerics(self.trainer.parallel.numerics):
+                output = chunk(tokens_T, packed)
             if not chunk.post_process:
                 dist.send(output.contiguous(), dst=after, group=group)
         last = self.chunks[-1]

@@ -11,16 +11,28 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from r1.kernels import dequantize, fp8_linear, quantize_1x128, quantize_weight
-from r1.parallel.linear import ReplicatedLinear, main_gradients, mark_as_added
+from r1.kernels import (
+    QuantizedInput,
+    dequantize,
+    fp8_linear,
+    fp8_swiglu,
+    quantize_1x128,
+    quantize_weight,
+    swiglu,
+)
+from r1.parallel.config import ParallelConfig
+from r1.parallel.linear import (
+    ExactColumnParallelLinear,
+    ExactReplicatedLinear,
+    ExactRowParallelLinear,
+    LocalLinear,
+    ReplicatedLinear,
+    main_gradients,
+    mark_as_added,
+)
 
 SQUARE = (128, 128)
 
@@ -51,40 +63,30 @@ def forget_quantized(chunks: Iterable[torch.nn.Module]) -> None:
                 module.forget()
 
 
-class _BlockLinear(KeepsQuantized):
-    weight: torch.nn.Parameter
-
+class _BlockLinear(KeepsQuantized, LocalLinear):
     def quantize(self) -> tuple[Tensor, Tensor, Tensor]:
         return quantize_weight(self.weight)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x times this rank's part of the weight, without communication."""
+    def product(self, x: Tensor | QuantizedInput) -> Tensor:
         main = main_gradients(self.weight)
         out = fp8_linear(x, self.weight, self.quantized(), main[0] if main else None)
         if main:
             mark_as_added(out, self.weight)
         return out
 
-    def _forward_impl(
-        self,
-        input: Tensor,
-        bias: Tensor | None,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        tp_group: Any,
-        **unused: Any,
-    ) -> Tensor:
-        """Megatron's hook for the product, and for the communication of its input and of the input's gradient."""
-        if sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, group=tp_group)
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        out = self.product(input)
-        return out if bias is None else out + bias
-
 
 class BlockColumnParallelLinear(_BlockLinear, ColumnParallelLinear):
     """Megatron's column-parallel linear with its product in FP8."""
+
+    def forward(self, input_: Tensor | QuantizedInput, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(input_, QuantizedInput):
+            return super().forward(input_, *rest, **options)
+        # Nothing of it is communicated but its gradient; attention.norm_of_linears sees to that.
+        if self.gather_output or self.sequence_parallel:
+            raise NotImplementedError("a quantised input is for a linear that neither gathers its input nor its output")
+        x = copy_to_tensor_model_parallel_region(input_.x, group=self.tp_group)
+        out = self.product(input_._replace(x=x))
+        return out if self.bias is None else out + self.bias, None
 
 
 class BlockRowParallelLinear(_BlockLinear, RowParallelLinear):
@@ -94,8 +96,13 @@ class BlockRowParallelLinear(_BlockLinear, RowParallelLinear):
 class BlockReplicatedLinear(_BlockLinear, ReplicatedLinear):
     """The replicated linear with its product in FP8."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         return self.product(x)
+
+
+def activated(gate_up: Tensor, linear: Any) -> Tensor | QuantizedInput:
+    """silu(gate) * up, as the linear that alone reads it wants it."""
+    return fp8_swiglu(gate_up) if isinstance(linear, _BlockLinear) else swiglu(gate_up)
 
 
 class Linears(NamedTuple):
@@ -104,11 +111,13 @@ class Linears(NamedTuple):
     replicated: type
 
 
-def linears(fp8: str) -> Linears:
-    """The classes of a decoder layer's linears for `ParallelConfig.fp8`."""
-    if fp8 == "block":
+def linears(parallel: ParallelConfig) -> Linears:
+    """The classes of a decoder layer's linears."""
+    if parallel.numerics == "exact":
+        return Linears(ExactColumnParallelLinear, ExactRowParallelLinear, ExactReplicatedLinear)
+    if parallel.fp8 == "block":
         return Linears(BlockColumnParallelLinear, BlockRowParallelLinear, BlockReplicatedLinear)
-    if fp8 == "transformer_engine":
+    if parallel.fp8 == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
         return Linears(TEColumnParallelLinear, TERowParallelLinear, ReplicatedLinear)
@@ -120,9 +129,14 @@ def linears(fp8: str) -> Linears:
 
 def local_product(linear: Any, x: Tensor) -> Tensor:
     """x times this rank's part of the linear's weight, in the linear's precision, without communication."""
+    fetch_weight(linear)
+    return linear.product(x) if isinstance(linear, LocalLinear) else torch.nn.functional.linear(x, linear.weight)
+
+
+def fetch_weight(linear: Any) -> None:
+    """Megatron fetches weights that are on their way before a module's forward, which is passed by here."""
     for hook in linear._forward_pre_hooks.values():
-        hook(linear, (x,))  # Megatron fetches weights that are on their way before a module's forward, passed by here
-    return linear.product(x) if isinstance(linear, _BlockLinear) else torch.nn.functional.linear(x, linear.weight)
+        hook(linear, ())
 
 
 def rounded_weight(linear: Any) -> Tensor:

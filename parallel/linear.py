@@ -1,12 +1,21 @@
-"""The linear that is whole on every tensor-parallel rank, and how a backward adds to Megatron's gradients itself."""
+"""Linears with a product of their own behind Megatron's, the one that is whole on every tensor-parallel rank, and how
+a backward adds to Megatron's gradients itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from r1.kernels import QuantizedInput, grouped_gemm
 
 
 class ReplicatedLinear(MegatronModule):
@@ -23,6 +32,61 @@ class ReplicatedLinear(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight)
+
+
+class LocalLinear:
+    """A linear of Megatron's, with its parameters, checkpoints and communication, whose local product is ours."""
+
+    weight: torch.nn.Parameter
+
+    def product(self, x: Any) -> Tensor:
+        """x times this rank's part of the weight, without communication."""
+        raise NotImplementedError
+
+    def _forward_impl(
+        self,
+        input: Tensor | QuantizedInput,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        **unused: Any,
+    ) -> Tensor:
+        """Megatron's hook for the product, and for the communication of its input and of the input's gradient, of
+        which a row-parallel linear, the one that may be given a quantised input here, has none."""
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        out = self.product(input)
+        return out if bias is None else out + bias
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ as a product of one group: where the moe family's are exact, a row does not depend on the others."""
+    rows = x.flatten(0, -2)
+    counts = torch.full((1,), len(rows), dtype=torch.int64, device=x.device)
+    return grouped_gemm(rows, weight.t()[None], counts).view(*x.shape[:-1], len(weight))
+
+
+class _ExactLinear(LocalLinear):
+    def product(self, x: Tensor) -> Tensor:
+        return exact_linear(x, self.weight)
+
+
+class ExactColumnParallelLinear(_ExactLinear, ColumnParallelLinear):
+    """Megatron's column-parallel linear, a row at a time."""
+
+
+class ExactRowParallelLinear(_ExactLinear, RowParallelLinear):
+    """Megatron's row-parallel linear, a row at a time."""
+
+
+class ExactReplicatedLinear(_ExactLinear, ReplicatedLinear):
+    """The replicated linear, a row at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
 
 
 def parameter_device() -> torch.device:

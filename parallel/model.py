@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from r1.kernels import rope_tables
-from r1.parallel.attention import DecodeStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm
+from r1.parallel.attention import DecodeStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm, norm_of_linears
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.fp8 import linears
 from r1.parallel.moe import BlockExperts, DenseMLP, Experts, MixtureOfExperts, Router, SharedExperts
@@ -154,7 +155,7 @@ def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
     """One decoder layer, with our attention, norms and experts in Megatron's places."""
     model, fp8 = config.model, config.parallel.fp8
     attention = MultiHeadLatentAttention if model.architecture == "deepseek_v3" else GroupedQueryAttention
-    classes = linears(fp8)
+    classes = linears(config.parallel)
     projections = MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row)
     if moe:
         experts = ModuleSpec(module=Experts if fp8 == "off" else BlockExperts)
@@ -168,10 +169,10 @@ def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm_of_linears(config),
             self_attention=ModuleSpec(module=attention, params={"attn_mask_type": AttnMaskType.causal}),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=RMSNorm if moe else norm_of_linears(config),  # a router reads it too
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -294,6 +295,12 @@ def build(
     if value_head:
         model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     parallel.check_model(model)
+    if parallel.numerics == "exact" and world.device.type != "cpu":
+        raise ValueError(
+            f"parallel.numerics = exact is for a CPU, and this model is built on {world.device}; wanted fast"
+        )
+    if parallel.numerics == "exact" and os.environ.get("R1_KERNELS", "") not in ("", "auto", "torch"):
+        raise ValueError(f"R1_KERNELS is {os.environ['R1_KERNELS']!r}, wanted torch with parallel.numerics = exact")
     config = decoder_config(model, parallel)
     chunks = []
     for index in range(parallel.virtual_pipeline):

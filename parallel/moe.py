@@ -15,9 +15,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from r1.kernels import fp8_moe_mlp, moe_layer, moe_mlp, permute, quantize_weight, route, swiglu, unpermute
-from r1.parallel.fp8 import KeepsQuantized
-from r1.parallel.linear import main_gradients, mark_as_added
+from r1.kernels import fp8_moe_mlp, moe_layer, moe_mlp, permute, quantize_weight, route, unpermute
+from r1.parallel.fp8 import KeepsQuantized, activated
+from r1.parallel.linear import exact_linear, main_gradients, mark_as_added
 
 
 class DenseMLP(MLP):
@@ -25,7 +25,7 @@ class DenseMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any) -> tuple:
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_up))[0], None
+        return self.linear_fc2(activated(gate_up, self.linear_fc2))[0], None
 
 
 class SharedExperts(SharedExpertMLP):
@@ -35,7 +35,7 @@ class SharedExperts(SharedExpertMLP):
         if self.config.moe_shared_expert_overlap:
             return super().forward(hidden_states)
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_up))[0]
+        return self.linear_fc2(activated(gate_up, self.linear_fc2))[0]
 
 
 class Router(TopKRouter):
@@ -44,8 +44,9 @@ class Router(TopKRouter):
     def choose(self, hidden: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden (..., H) → expert ids (T, K), weights (T, K); counts the load of tokens that are not padding."""
         self._maintain_float32_expert_bias()
-        logits_TE = torch.nn.functional.linear(hidden.flatten(0, -2).float(), self.weight.float())
         config = self.config
+        linear = exact_linear if config.parallel.numerics == "exact" else torch.nn.functional.linear
+        logits_TE = linear(hidden.flatten(0, -2).float(), self.weight.float())
         ids, weights, load = route(
             logits_TE,
             self.expert_bias,

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from pydantic import Field
 from torch import Tensor
 
+from r1.kernels import numerics
 from r1.parallel.config import ModelConfig, ParallelConfig, Section
 from r1.parallel.fp8 import forget_quantized
 from r1.parallel.loss import Loss
@@ -166,7 +167,7 @@ class Trainer:
         batches = self._padded(micro_batches)
         uses_mtp = getattr(finish.keywords.get("loss"), "uses_mtp", False) and not self.value_head
         mtp_depth = self.model_config.num_mtp_layers if uses_mtp else 0
-        schedule = get_forward_backward_func()
+        schedule = numerics(self.parallel.numerics)(get_forward_backward_func())
 
         def forward_step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Callable]:
             batch = next(iterator)

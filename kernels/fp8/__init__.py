@@ -7,6 +7,8 @@ saturate, NaN stays NaN and does not touch the rest of its block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,20 @@ BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 E4M3 = torch.float8_e4m3fn
 MAIN_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+class QuantizedInput(NamedTuple):
+    """A linear's input (..., K) that exists in FP8 alone. `x` has its shape and type and takes its gradient, but holds
+    no numbers (NaN, if it is read); `copies` are quantize_both's, of which the last two are empty where no gradient
+    was wanted."""
+
+    x: Tensor
+    copies: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _input(hollow_MK: Tensor, copies: list[Tensor], like: Tensor) -> QuantizedInput:
+    q, s, q_across, s_across = copies
+    return QuantizedInput(hollow_MK.view(*like.shape[:-1], hollow_MK.shape[1]), (q, s, q_across, s_across))
 
 
 def _check_source(name: str, x: Tensor) -> None:
@@ -123,12 +139,16 @@ def rms_norm_quantize(
     Raises ValueError for wrong shapes or types, or eps < 0.
     """
     _check_source("x_MH", x_MH)
+    _check_norm(x_MH, weight_H, eps)
+    return operators.rms_norm_quantize(x_MH.detach(), weight_H.detach(), eps, True, power_of_two)
+
+
+def _check_norm(x: Tensor, weight_H: Tensor, eps: float) -> None:
     require(
-        weight_H.shape == x_MH.shape[1:] and weight_H.is_floating_point() and weight_H.device == x_MH.device,
-        "weight_H", weight_H, f"a floating ({x_MH.shape[1]},) tensor on {x_MH.device}",
+        weight_H.shape == x.shape[-1:] and weight_H.is_floating_point() and weight_H.device == x.device,
+        "weight_H", weight_H, f"a floating ({x.shape[-1]},) tensor on {x.device}",
     )  # fmt: skip
     require(eps >= 0, "eps", eps, "a number >= 0")
-    return operators.rms_norm_quantize(x_MH.detach(), weight_H.detach(), eps, power_of_two)
 
 
 def dequantize(
@@ -256,17 +276,48 @@ def _quantized(name: str, quantized: Quantized | None, weight: Tensor) -> Quanti
     return quantized
 
 
+def fp8_rms_norm(x: Tensor, weight_H: Tensor, eps: float = 1e-6) -> QuantizedInput:
+    """rms_norm(x, weight, eps) for x (..., H) as the input of linears: in FP8 alone, never rounded to another type.
+
+    Differentiable in both, as rms_norm is: kept for the backward are x and 1 / rms(x). Raises ValueError for wrong
+    shapes or types, or eps < 0.
+    """
+    require(x.dim() >= 1 and x.is_floating_point(), "x", x, "a floating (..., H) tensor")
+    _check_norm(x, weight_H, eps)
+    hollow, *copies, _ = layers.fp8_rms_norm(x.reshape(-1, x.shape[-1]), weight_H, eps, torch.is_grad_enabled())
+    return _input(hollow, copies, x)
+
+
+def fp8_swiglu(gate_up: Tensor) -> QuantizedInput:
+    """silu(gate) * up for gate_up (..., 2 F) = [gate | up] as the input of a linear: in FP8 alone, not rounded to
+    another type before. Differentiable, as swiglu is. Raises ValueError for a wrong shape or type."""
+    require(
+        gate_up.dim() >= 1 and gate_up.is_floating_point() and gate_up.shape[-1] % 2 == 0,
+        "gate_up", gate_up, "a floating (..., 2 F) tensor",
+    )  # fmt: skip
+    hollow, *copies = layers.fp8_swiglu(gate_up.reshape(-1, gate_up.shape[-1]), torch.is_grad_enabled())
+    return _input(hollow, copies, gate_up)
+
+
 def fp8_linear(
-    x: Tensor, weight_NK: Tensor, quantized: Quantized | None = None, main_gradient_NK: Tensor | None = None
+    x: Tensor | QuantizedInput,
+    weight_NK: Tensor,
+    quantized: Quantized | None = None,
+    main_gradient_NK: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T for x (..., K), with all three products of training in FP8, in x's type.
 
     Forward: x 1 x 128, weight 128 x 128. Backward: the gradient 1 x 128 against the same weight for dx, and both
-    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8. quantized is quantize_weight of
-    this weight, if it is made once for several calls; the weight's numbers are then not read. Every backward adds the
-    weight's gradient to main_gradient_NK, contiguous and floating, and returns memory that holds nothing for it, as
-    moe_mlp does. Raises ValueError for wrong shapes or types.
+    operands 1 x 128 along the tokens for dweight. x is kept for the backward in FP8; it may come so, from fp8_rms_norm
+    or fp8_swiglu, and then serves several linears. quantized is quantize_weight of this weight, if it is made once for
+    several calls; the weight's numbers are then not read. Every backward adds the weight's gradient to
+    main_gradient_NK, contiguous and floating, and returns memory that holds nothing for it, as moe_mlp does. Raises
+    ValueError for wrong shapes or types.
     """
+    given: tuple[Tensor | None, ...] = (None,) * 4
+    if isinstance(x, QuantizedInput):
+        x, given = x
+        _check_copies(x, given)
     require(x.dim() >= 1 and x.is_floating_point(), "x", x, "a floating (..., K) tensor")
     require(
         weight_NK.dim() == 2 and weight_NK.shape[1] == x.shape[-1] and weight_NK.is_floating_point()
@@ -276,9 +327,23 @@ def fp8_linear(
     if main_gradient_NK is not None:
         _check_out("main_gradient_NK", main_gradient_NK, tuple(weight_NK.shape), weight_NK)
     keep = torch.is_grad_enabled() and weight_NK.requires_grad
+    require(
+        not keep or given[2] is None or given[2].numel() == x.numel(),
+        "x", given[2], "copies made where gradients are enabled",
+    )  # fmt: skip
     values = _quantized("quantized", quantized, weight_NK)
-    y_MN = layers.fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, *values, main_gradient_NK, keep)[0]
+    y_MN = layers.fp8_linear(x.reshape(-1, x.shape[-1]), weight_NK, *values, main_gradient_NK, *given, keep)[0]
     return y_MN.view(*x.shape[:-1], len(weight_NK))
+
+
+def _check_copies(x: Tensor, copies: tuple[Tensor, ...]) -> None:
+    require(len(copies) == 4, "x", copies, "the four tensors of quantize_both")
+    rows = (x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    _check("x", copies[0], "the scales of x", copies[1], 1)
+    require(copies[0].shape == rows and copies[0].device == x.device, "x", copies[0], f"{rows} values on {x.device}")
+    if copies[2].numel():
+        _check("x", copies[2], "the scales of x", copies[3], 1)
+        require(copies[2].shape == rows[::-1], "x", copies[2], f"{rows[::-1]} values")
 
 
 def fp8_moe_mlp(
@@ -323,6 +388,7 @@ def fp8_moe_mlp(
 
 
 __all__ = [
+    "QuantizedInput",
     "dequantize",
     "fp8_gemm",
     "fp8_gemm_wgrad",
@@ -332,6 +398,8 @@ __all__ = [
     "fp8_grouped_gemm_wgrad_",
     "fp8_linear",
     "fp8_moe_mlp",
+    "fp8_rms_norm",
+    "fp8_swiglu",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_both",

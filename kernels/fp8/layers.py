@@ -13,6 +13,8 @@ from torch import Tensor
 from r1.kernels.backend import operator
 from r1.kernels.fp8 import operators
 from r1.kernels.fp8.reference import nothing
+from r1.kernels.moe.operators import swiglu_backward
+from r1.kernels.norm import rms_norm_backward
 
 
 def _save(ctx: Any, main_gradients: tuple, dtypes: tuple, kept: tuple, made: tuple) -> None:
@@ -44,21 +46,88 @@ def _quantize(x: Tensor, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *operators.quantize_1x128(x, False), *nothing(x)
 
 
+def _hollow(x: Tensor, *shape: int) -> Tensor:
+    """What a gradient comes back to where the numbers are in FP8 alone: takes no memory, and is NaN if it is read."""
+    return x.new_full((), torch.nan).expand(shape)
+
+
+def _only_first_has_gradient(ctx: Any, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _norm(x_MH: Tensor, weight_H: Tensor, eps: float, across: bool) -> tuple[Tensor, ...]:
+    """(hollow, quantize_both of the norm or of its rows alone, 1 / rms(x))."""
+    return _hollow(x_MH, *x_MH.shape), *operators.rms_norm_quantize(x_MH, weight_H, eps, across, False)
+
+
+def _norm_save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:2], output[-1])
+    _only_first_has_gradient(ctx, output)
+
+
+def _norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+    gradients = (None, None) if grad is None else rms_norm_backward(grad, *ctx.saved_tensors)
+    return *gradients, None, None
+
+
+fp8_rms_norm = operator(
+    None,
+    "fp8_rms_norm(Tensor x_MH, Tensor weight_H, float eps, bool across) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _norm,
+    _norm_save,
+    _norm_backward,
+)
+
+
+def _swiglu(gate_up_MF: Tensor, across: bool) -> tuple[Tensor, ...]:
+    """(hollow, quantize_both of silu(gate) * up or of its rows alone)."""
+    M, twice = gate_up_MF.shape
+    return _hollow(gate_up_MF, M, twice // 2), *operators.swiglu_quantize(gate_up_MF, None, across, False)
+
+
+def _swiglu_save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(inputs[0])
+    _only_first_has_gradient(ctx, output)
+
+
+def _swiglu_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+    return None if grad is None else swiglu_backward(grad, *ctx.saved_tensors, None)[0], None
+
+
+fp8_swiglu = operator(
+    None,
+    "fp8_swiglu(Tensor gate_up_MF, bool across) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _swiglu,
+    _swiglu_save,
+    _swiglu_backward,
+)
+
+
 def _linear(
-    x_MK: Tensor, weight_NK: Tensor, w_q_NK: Tensor, w_s: Tensor, w_q_KN: Tensor, main_NK: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, then for the weight's gradient or empty: x transposed and quantised along M, its scales)."""
-    x_q, x_s, *across = _quantize(x_MK, keep)
-    return operators.fp8_gemm(x_q, x_s, w_q_NK, w_s, x_MK.dtype), *across
+    x_MK: Tensor, weight_NK: Tensor, w_q_NK: Tensor, w_s: Tensor, w_q_KN: Tensor, main_NK: Tensor | None,
+    x_q: Tensor | None, x_s: Tensor | None, given_q_KM: Tensor | None, given_s: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, then for the weight's gradient or empty: x transposed and quantised along M, its scales). x may come
+    quantised; its own numbers are then not read."""
+    x_q_KM, x_s_across = nothing(x_MK)
+    if x_q is None:
+        x_q, x_s, x_q_KM, x_s_across = _quantize(x_MK, keep)
+    return operators.fp8_gemm(x_q, x_s, w_q_NK, w_s, x_MK.dtype), x_q_KM, x_s_across
 
 
 def _linear_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, _, w_s, w_q_KN, main, _ = inputs
-    _save(ctx, (main,), (x.dtype, weight.dtype), (w_s, w_q_KN), output[1:])
+    x, weight, _, w_s, w_q_KN, main, _, _, *given, keep = inputs
+    if not keep:
+        given = [None, None]
+    _save(ctx, (main,), (x.dtype, weight.dtype), (w_s, w_q_KN, *given), output[1:])
 
 
 def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-    w_s, w_q_KN, x_q_KM, x_s = _saved(ctx)
+    w_s, w_q_KN, *given, x_q_KM, x_s = _saved(ctx)
+    if given[0] is not None:
+        x_q_KM, x_s = given
     x_dtype, weight_dtype = ctx.dtypes
     for_x, for_weight = ctx.needs_input_grad[:2]
     grad_x = grad_weight = None
@@ -72,13 +141,13 @@ def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         if for_x:
             # A 128 x 128 block transposed is a block: one table of scales serves both products.
             grad_x = operators.fp8_gemm(g_q, g_s, w_q_KN, w_s.t(), x_dtype)
-    return grad_x, grad_weight, *[None] * 5
+    return grad_x, grad_weight, *[None] * 9
 
 
 fp8_linear = operator(
     None,
-    "fp8_linear(Tensor x_MK, Tensor weight_NK, Tensor w_q_NK, Tensor w_s, Tensor w_q_KN, Tensor? main_NK, bool keep) "
-    "-> (Tensor, Tensor, Tensor)",
+    "fp8_linear(Tensor x_MK, Tensor weight_NK, Tensor w_q_NK, Tensor w_s, Tensor w_q_KN, Tensor? main_NK, "
+    "Tensor? x_q, Tensor? x_s, Tensor? x_q_across, Tensor? x_s_across, bool keep) -> (Tensor, Tensor, Tensor)",
     _linear,
     _linear_save,
     _linear_backward,

@@ -33,8 +33,11 @@ def _both_fake(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _swiglu_fake(x: Tensor, weights: Tensor | None, across: bool, power_of_two: bool) -> tuple[Tensor, ...]:
-    middle = x.new_empty((x.shape[0], x.shape[1] // 2))
-    copies = _both_fake(middle, power_of_two)
+    return _copies_fake(x.new_empty((x.shape[0], x.shape[1] // 2)), across)
+
+
+def _copies_fake(x: Tensor, across: bool) -> tuple[Tensor, ...]:
+    copies = _both_fake(x, False)
     return copies if across else (*copies[:2], *nothing(x))
 
 
@@ -69,10 +72,10 @@ swiglu_backward_quantize = operator(
 )
 rms_norm_quantize = operator(
     "fp8",
-    "rms_norm_quantize(Tensor x_MH, Tensor weight_H, float eps, bool power_of_two) "
+    "rms_norm_quantize(Tensor x_MH, Tensor weight_H, float eps, bool across, bool power_of_two) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda x, weight, eps, power_of_two: (
-        *_both_fake(x, power_of_two), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    lambda x, weight, eps, across, power_of_two: (
+        *_copies_fake(x, across), x.new_empty((x.shape[0], 1), dtype=torch.float32)
     ),
 )  # fmt: skip
 dequantize = operator(

@@ -62,7 +62,12 @@ def quantize_128x128(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 
 def quantize_both(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *quantize_1x128(x_MK, power_of_two), *quantize_1x128(x_MK.t(), power_of_two)
+    return _copies(x_MK, True, power_of_two)
+
+
+def _copies(x: Tensor, across: bool, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    other = quantize_1x128(x.t(), power_of_two) if across else nothing(x)
+    return *quantize_1x128(x, power_of_two), *other
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,9 +79,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def swiglu_quantize(
     gate_up_MF: Tensor, weights_M: Tensor | None, across: bool, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    middle = swiglu(gate_up_MF.float(), weights_M)
-    copy = quantize_1x128(middle.t(), power_of_two) if across else nothing(middle)
-    return *quantize_1x128(middle, power_of_two), *copy
+    return _copies(swiglu(gate_up_MF.float(), weights_M), across, power_of_two)
 
 
 def swiglu_backward_quantize(
@@ -88,10 +91,10 @@ def swiglu_backward_quantize(
 
 
 def rms_norm_quantize(
-    x_MH: Tensor, weight_H: Tensor, eps: float, power_of_two: bool
+    x_MH: Tensor, weight_H: Tensor, eps: float, across: bool, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     normalised, inverse_rms = rms_norm(x_MH.float(), weight_H.float(), eps)
-    return *quantize_both(normalised, power_of_two), inverse_rms
+    return *_copies(normalised, across, power_of_two), inverse_rms
 
 
 def dequantize(q_MK: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -98,7 +98,7 @@ def swiglu_backward_quantize(
 
 
 def rms_norm_quantize(
-    x_MH: Tensor, weight_H: Tensor, eps: float, power_of_two: bool
+    x_MH: Tensor, weight_H: Tensor, eps: float, across: bool, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = _narrowed(x_MH)
     M, H = x.shape
@@ -106,7 +106,7 @@ def rms_norm_quantize(
     if M:
         columns = min(triton.next_power_of_2(max(H, 1)), 1024)
         quantisers.inverse_rms_kernel[(M,)](x, *x.stride(), inverse_rms, H, eps, COLUMNS=columns)
-    copies = _quantize(x, power_of_two, across=True, row_factor=inverse_rms, column_factor=weight_H)
+    copies = _quantize(x, power_of_two, across=across, row_factor=inverse_rms, column_factor=weight_H)
     return *copies, inverse_rms
 
 

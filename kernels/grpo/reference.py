@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from r1.kernels.backend import wide
+from r1.kernels.exact import is_exact, product
 
 THIS = sys.modules[__name__]
 KEPT_SPAN = 8192  # columns of kept logits whose gradient exists at a time
@@ -115,7 +116,10 @@ def linear_logprob(
 
 
 def _width(chunk_tokens: int, weight_VH: Tensor, N: int, unit: int) -> int:
-    """Columns of the vocabulary, in units, whose logits for N tokens take the room of chunk_tokens whole rows."""
+    """Columns of the vocabulary, in units, whose logits for N tokens take the room of chunk_tokens whole rows; a fixed
+    number where a token's sums must not depend on N."""
+    if is_exact():
+        return KEPT_SPAN
     return max(1, chunk_tokens * weight_VH.shape[0] // N // unit) * unit
 
 
@@ -240,7 +244,7 @@ def statistics(
     buffer = hidden_NH.new_empty(N, min(width, V)) if logits_NV is None else logits_NV
     for begin in range(0, V, width):
         logits_NC = buffer[:, : min(width, V - begin)]
-        torch.mm(hidden_NH, weight_VH[begin : begin + width].to(dtype).t(), out=logits_NC)
+        product(hidden_NH, weight_VH[begin : begin + width].to(dtype).t(), logits_NC)
         if temperature != 1.0:
             logits_NC.div_(temperature)
         part = _span_statistics(logits_NC, column_N - begin, want_entropy, spare=logits_NV is None)
@@ -395,7 +399,7 @@ def grpo_loss(
         "importance_weight_sum": masked(importance),
         "importance_cap_count": active & (mismatch.exp() > (importance_cap or torch.inf)),
         "mismatch_abs_sum": mismatch.abs(),
-        "mismatch_k3_sum": (-mismatch).expm1() + mismatch,
+        "mismatch_k3_sum": mismatch.expm1() - mismatch,
     }
     metrics = torch.stack([sums[name].sum(dtype=torch.float64) for name in METRICS]).to(dtype)
     return loss.sum(dtype=torch.float64).to(dtype), metrics, gradient.to(logprobs_T.dtype)

@@ -97,7 +97,7 @@ def grpo_kernel(
         elif KL == 3:
             loss += kl_coefficient * weight * k3
             kl_gradient = -kl_coefficient * weight * growth
-        mismatch_k3, _ = _kl(-mismatch)
+        mismatch_k3, _ = _kl(mismatch)
         one = active.to(tl.float32)
         tl.store(terms_ptr + at, loss, mask=live)
         tl.store(terms_ptr + T + at, one, mask=live)

@@ -6,12 +6,14 @@ one batch, L length, B sequences that are decoded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from r1.kernels import exact
 from r1.kernels.backend import wide
 
 SCORES_PER_BLOCK = 2**20  # 4 MB of float32: stays in the cache of a CPU
@@ -64,11 +66,16 @@ class _Heads:
             into_TND.index_copy_(0, self.rows.index_select(0, self.real), x.index_select(0, self.real))
 
 
-def _work(cu_seqlens: Tensor, S: int, query_index_T: Tensor | None) -> Iterator[tuple[_Heads, _Heads, Tensor]]:
-    """(queries, keys, place of each query among its sequence's keys) batch by batch."""
-    bounds, device = cu_seqlens.tolist(), cu_seqlens.device
+def checked_bounds(cu_seqlens: Tensor, S: int) -> list[int]:
+    bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != S or any(a > b for a, b in zip(bounds, bounds[1:])):
         raise ValueError(f"cu_seqlens is {bounds}, wanted 0 first, {S}, the keys, last, and no step down")
+    return bounds
+
+
+def _work(cu_seqlens: Tensor, S: int, query_index_T: Tensor | None) -> Iterator[tuple[_Heads, _Heads, Tensor]]:
+    """(queries, keys, place of each query among its sequence's keys) batch by batch."""
+    bounds, device = checked_bounds(cu_seqlens, S), cu_seqlens.device
     if query_index_T is None:
         for batch in _batches(tuple(b - a for a, b in zip(bounds, bounds[1:])), device):
             heads = _Heads(*batch)
@@ -129,6 +136,8 @@ def mla_attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out (T, N, Dv), log-sum-exp of the scaled scores (T, N) in float32 or float64)."""
+    if exact.is_exact():
+        return _exact_attention(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, query_index_T, scale)
     T, N, _ = q_TND.shape
     dtype = wide(q_TND)
     q = q_TND.to(dtype) * scale
@@ -147,6 +156,50 @@ def mla_attention(
         queries.store(out_GLD, out_TND)
         queries.store(lse_GL, lse_TN.unsqueeze(-1))
     return out_TND.to(q_TND.dtype), lse_TN
+
+
+def _exact_attention(
+    q_TND: Tensor,
+    k_SMD: Tensor,
+    v_SMD: Tensor,
+    k_rope_SD: Tensor | None,
+    cu_seqlens: Tensor,
+    query_index_T: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Every query for itself, as decoding sees it."""
+    dtype, (S, M, _) = wide(q_TND), v_SMD.shape
+    k, v = k_SMD.to(dtype), v_SMD.to(dtype)
+    if k_rope_SD is not None:
+        k = torch.cat([k, k_rope_SD.to(dtype)[:, None].expand(-1, M, -1)], -1)
+    index_T = torch.arange(S, device=q_TND.device) if query_index_T is None else query_index_T
+    bounds = torch.tensor(checked_bounds(cu_seqlens, S), device=q_TND.device)
+    start_T = bounds[torch.searchsorted(bounds, index_T, right=True) - 1]
+    place_K = torch.arange(exact.KEYS, device=q_TND.device)
+
+    def take(x: Tensor, part: slice, first: int) -> Tensor:
+        # Its own row in the place of those that a query does not see: what follows may be anything.
+        rows = torch.minimum(start_T[part, None] + first + place_K, index_T[part, None])
+        return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+    q_TMGD = (q_TND.to(dtype) * scale).unflatten(1, (M, -1))
+    keys, values = functools.partial(take, k), functools.partial(take, v)
+    out, lse = exact.attention(q_TMGD, index_T - start_T + 1, keys, values, v.shape[2])
+    return out.flatten(1, 2).to(q_TND.dtype), lse.flatten(1, 2)
+
+
+def _exact_decode(q_BND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, seq_lens_B: Tensor, scale: float) -> Tensor:
+    """The same over the cached rows of each sequence."""
+    more = max(-(-k_BLMD.shape[1] // exact.KEYS), 1) * exact.KEYS - k_BLMD.shape[1]
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, more)) for x in (k_BLMD, v_BLMD))
+
+    def take(x: Tensor, part: slice, first: int) -> Tensor:
+        return x[part, first : first + exact.KEYS]
+
+    q_BMGD = (q_BND.to(k.dtype) * scale).unflatten(1, (k.shape[2], -1))
+    keys, values = functools.partial(take, k), functools.partial(take, v)
+    out, _ = exact.attention(q_BMGD, seq_lens_B, keys, values, v.shape[3])
+    return out.flatten(1, 2).to(q_BND.dtype)
 
 
 def mla_attention_backward(
@@ -208,14 +261,28 @@ def mla_attention_backward(
     )
 
 
-def _pages(cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the cached rows of each sequence (B, L, ...), which of them are unused (B, L)); unused rows are 0, so that what
-    stands in free pages, NaN included, takes no part."""
-    block_size, longest = cache.shape[1], int(seq_lens_B.max()) if len(seq_lens_B) else 0
-    pages, width = -(-longest // block_size), block_table_BM.shape[1]
+def checked_lengths(seq_lens_B: Tensor, block_table_BM: Tensor, block_size: int) -> int:
+    """How many pages the longest has; ValueError if the table has fewer."""
+    longest, width = int(seq_lens_B.max()) if len(seq_lens_B) else 0, block_table_BM.shape[1]
+    pages = -(-longest // block_size)
     if pages > width:
         room = f"{width} pages x {block_size} = {width * block_size}"
         raise ValueError(f"seq_lens_B holds {longest}, wanted at most the table's {room}")
+    return pages
+
+
+def checked_positions(positions_B: Tensor, block_table_BM: Tensor, block_size: int) -> None:
+    last, width = int(positions_B.max()) if len(positions_B) else -1, block_table_BM.shape[1]
+    if last >= width * block_size:
+        room = f"{width} pages x {block_size} = {width * block_size}"
+        raise ValueError(f"positions_B holds {last}, wanted less than the table's {room}")
+
+
+def _pages(cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the cached rows of each sequence (B, L, ...), which of them are unused (B, L)); unused rows are 0, so that what
+    stands in free pages, NaN included, takes no part."""
+    block_size = cache.shape[1]
+    pages = checked_lengths(seq_lens_B, block_table_BM, block_size)
     place = torch.arange(pages * block_size, device=cache.device)
     unused_BL = place >= seq_lens_B[:, None]
     # Entries of the table beyond a sequence's end may hold anything.
@@ -235,6 +302,9 @@ def mla_decode(
 ) -> Tensor:
     dtype = wide(q_BND)
     kv_BLD, unused_BL = _pages(kv_cache, block_table_BM, seq_lens_B, dtype)
+    if exact.is_exact():
+        kv_BLMD = kv_BLD[:, :, None]
+        return _exact_decode(q_BND, kv_BLMD, kv_BLMD[..., :latent_rank], seq_lens_B, scale)
     scores_BNL = torch.bmm(q_BND.to(dtype) * scale, kv_BLD.transpose(1, 2))
     return torch.bmm(_softmax(scores_BNL, unused_BL[:, None]), kv_BLD[..., :latent_rank]).to(q_BND.dtype)
 
@@ -245,6 +315,8 @@ def gqa_decode(
     dtype, M = wide(q_BND), k_cache.shape[2]
     k_BLMD, unused_BL = _pages(k_cache, block_table_BM, seq_lens_B, dtype)
     v_BLMD, _ = _pages(v_cache, block_table_BM, seq_lens_B, dtype)
+    if exact.is_exact():
+        return _exact_decode(q_BND, k_BLMD, v_BLMD, seq_lens_B, scale)
     q_BMGD = (q_BND.to(dtype) * scale).unflatten(1, (M, -1))
     out_BMGD = q_BMGD.new_empty(*q_BMGD.shape[:3], v_BLMD.shape[3])
     for m in range(M):
@@ -261,11 +333,7 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     if not len(kept):
         return
     block_size, positions = kv_cache.shape[1], positions_B.long()
+    checked_positions(positions, block_table_BM, block_size)
     page = positions.div(block_size, rounding_mode="floor")
-    if int(page.max()) >= block_table_BM.shape[1]:
-        raise ValueError(
-            f"positions_B holds {int(positions.max())}, wanted less than the table's "
-            f"{block_table_BM.shape[1]} pages x {block_size} = {block_table_BM.shape[1] * block_size}"
-        )
     slot = block_table_BM.gather(1, page[:, None]).squeeze(1).long() * block_size + positions % block_size
     kv_cache.view(-1, *kv_cache.shape[2:]).index_copy_(0, slot, rows.to(kv_cache.dtype))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from r1.kernels.backend import wide
+from r1.kernels.exact import product, silu
 from r1.kernels.moe.reference_route import (
     check_route_values,
     checked_ids,
@@ -27,7 +28,7 @@ from r1.kernels.moe.reference_route import (
 # small experts then cost little more than one large one, and what is between stays in the cache if an expert's rows do.
 SPAN_BYTES = 2**21  # the second-level caches of two cores, roughly
 
-_silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def checked_counts(tokens_per_expert_E: Tensor, P: int) -> list[int]:
@@ -54,7 +55,7 @@ def _groups(tokens_per_expert_E: Tensor, P: int, *tensors: Tensor) -> list[tuple
 def grouped_gemm(x_PH: Tensor, weight_EHF: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     out_PF = x_PH.new_empty(x_PH.shape[0], weight_EHF.shape[2])
     for e, x, out in _groups(tokens_per_expert_E, len(x_PH), x_PH, out_PF):
-        torch.mm(x, weight_EHF[e], out=out)
+        product(x, weight_EHF[e], out)
     return out_PF
 
 
@@ -96,7 +97,7 @@ def _zero_others(experts: list[int], gradient_EHF: Tensor) -> None:
 
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     gate, up = gate_up.to(wide(gate_up)).chunk(2, -1)
-    out = torch.nn.functional.silu(gate).mul_(up)
+    out = silu(gate).mul_(up)
     if weights is not None:
         out.mul_(weights[..., None])
     return out.to(gate_up.dtype).contiguous()
@@ -145,7 +146,7 @@ def _spans(tokens_per_expert_E: Tensor, P: int, row_bytes: int) -> list[Span]:
 def _products(span: Span, a: Tensor, weights: tuple[Tensor, ...], out: Tensor) -> None:
     """out = a @ weights[e], for each expert's rows."""
     for e, rows, into in zip(span.experts, a.split_with_sizes(span.sizes), out.split_with_sizes(span.sizes)):
-        torch.mm(rows, weights[e], out=into)
+        product(rows, weights[e], into)
 
 
 def _weight_products(span: Span, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> None:
@@ -191,7 +192,7 @@ def _experts(
         gate_up = gate_up_PF[span.rows]
         _products(span, _take(x, token_P, span, x_buffer), first, gate_up)
         gate, up = gate_up.split(F, -1)
-        middle = _silu(gate, out=middle_buffer[: len(gate)]).mul_(up)
+        middle = silu(gate, middle_buffer[: len(gate)]).mul_(up)
         if weights_P1 is not None:
             middle.mul_(weights_P1[span.rows])
         _products(span, middle, second, y_PH[span.rows])
@@ -234,7 +235,7 @@ def _experts_backward(
         gate, up = gate_up_PF[span.rows].split(F, -1)
         grad_gate, grad_up = grad_first.split(F, -1)
         _products(span, grad_rows, second, grad_middle)
-        torch.mul(_silu(gate, out=activation), up, out=middle)
+        torch.mul(silu(gate, activation), up, out=middle)
         if weights_P1 is not None:
             torch.sum(torch.mul(grad_middle, middle, out=grad_up), -1, True, out=grad_weights_P1[span.rows])
             middle.mul_(weights_P1[span.rows])
@@ -275,8 +276,8 @@ def moe_mlp_masked(
     for e, count in enumerate(checked_masked_counts(tokens_per_expert_E, x_EMH.shape[1])):
         if count:
             weights = None if weights_EM is None else weights_EM[e, :count]
-            middle = swiglu(x_EMH[e, :count] @ gate_up_EHF[e], weights)
-            torch.mm(middle, down_EFH[e], out=y_EMH[e, :count])
+            middle = swiglu(product(x_EMH[e, :count], gate_up_EHF[e]), weights)
+            product(middle, down_EFH[e], y_EMH[e, :count])
     return y_EMH
 
 

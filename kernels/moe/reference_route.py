@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from r1.kernels.backend import wide
+from r1.kernels.exact import sigmoid
 
 
 def route(
@@ -26,7 +27,7 @@ def route(
     T, E = logits_TE.shape
     check_route_values(logits_TE, replay_ids_TK, check_values)
     logits = logits_TE.to(wide(logits_TE))
-    scores_TE = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    scores_TE = sigmoid(logits) if score == "sigmoid" else logits.softmax(-1)
     if replay_ids_TK is not None:
         ids_TK = replay_ids_TK.clone(memory_format=torch.contiguous_format)
     else:

@@ -15,6 +15,7 @@ from r1.kernels.backend import operator, register, require, wide
 from r1.kernels.norm import reference
 
 register("norm", "torch", reference, proven_on=("cpu", "cuda"))
+register("norm", "triton", "r1.kernels.norm.triton", proven_on=())
 
 YARN_KEYS = ("factor", "original_max_positions", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -24,7 +25,7 @@ def _norm_save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _norm_backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
-    return *_rms_norm_backward(grad, *ctx.saved_tensors), None
+    return *rms_norm_backward(grad, *ctx.saved_tensors), None
 
 
 _rms_norm = operator(
@@ -34,7 +35,7 @@ _rms_norm = operator(
     _norm_save,
     _norm_backward,
 )
-_rms_norm_backward = operator(
+rms_norm_backward = operator(
     "norm",
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight_H, Tensor scale) -> (Tensor, Tensor)",
     lambda grad, x, weight, scale: (x.new_empty(x.shape), torch.empty_like(weight)),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from r1.kernels.backend import wide
+from r1.kernels.exact import is_exact
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,8 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool,
     cos, sin = cos_TD.to(dtype)[:, None], sin_TD.to(dtype)[:, None]
     if inverse:
         sin = -sin
+    if is_exact():
+        return _exact_rope(x, cos, sin, interleaved).to(x_TND.dtype)
     if interleaved:
         # Neighbours (2i, 2i + 1) are one complex number, turned by multiplication.
         pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (half, 2)))
@@ -45,6 +48,14 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool,
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out.to(x_TND.dtype)
+
+
+def _exact_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """One operation after another: what is fused rounds otherwise for a tensor's last numbers."""
+    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, -1 if interleaved else -2).flatten(-2)
 
 
 def rope_tables(

@@ -11,6 +11,7 @@ from r1.kernels.backend import operator, register, require
 from r1.kernels.optim import reference
 
 register("optim", "torch", reference, proven_on=("cpu", "cuda"))
+register("optim", "triton", "r1.kernels.optim.triton", proven_on=())
 
 _adamw_step = operator(
     "optim",
@@ -51,8 +52,8 @@ def adamw_step(
 
     Arithmetic is in float32 (float64 for float64 parameters); moments may be bfloat16, and so may parameters, with
     float32 `masters` as the truth from which they are rounded. stochastic_rounding rounds bfloat16 parameters up or
-    down at random so that the mean is kept, with noise that depends on (seed, step) alone. Gradients are taken times
-    grad_scale. `step` counts from 1. Deterministic.
+    down at random so that the mean is kept, with noise of (seed, step, place in the lists) that is another in each
+    backend. Gradients are taken times grad_scale. `step` counts from 1. Deterministic.
 
     Raises ValueError for lists that do not match in number, shape or device, and for numbers out of range.
     """

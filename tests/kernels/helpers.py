@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1.bench._ahead_of_time import Binary
+from r1.bench.static import fault
+
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
@@ -31,6 +34,12 @@ def _join_and_run(rank: int, function: Callable[[int], None], port: int, seed: i
     torch.manual_seed(seed)
     function(rank)
     torch.distributed.destroy_process_group()
+
+
+def assert_fits(binary: Binary, uses_matrix_units: bool) -> None:
+    assert fault(binary) is None, f"{fault(binary)}: {binary}"
+    if uses_matrix_units:
+        assert {"HGMMA", "QGMMA"} & binary.matrix_instructions.keys(), f"does without warp-group MMA: {binary}"
 
 
 def check_operator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from r1.kernels import (
+    QuantizedInput,
     dequantize,
+    fp8_gemm,
+    fp8_gemm_wgrad,
     fp8_linear,
     fp8_moe_mlp,
+    fp8_rms_norm,
+    fp8_swiglu,
     moe_mlp,
     quantize_128x128,
     quantize_both,
@@ -196,6 +201,55 @@ def check_linear(device: str) -> None:
             torch.autograd.grad(fp8_linear(x, w), (x, w), up, create_graph=True)
 
 
+def check_quantized_input(
+    device: str,
+    shape: tuple[int, ...],
+    make: Callable[..., QuantizedInput],
+    copies_of: Callable[..., tuple[Tensor, ...]],
+    plain: Callable[..., Tensor],
+    *others: Tensor,
+) -> None:
+    """Two linears on one input that exists in FP8 alone: products of the quantiser's own copies, and the gradient that
+    they give it led on as the plain function's in float64 would."""
+    sources = [y.detach().to(device).requires_grad_() for y in (leaf(*shape), *others)]
+    given = make(*sources)
+    width = given.x.shape[-1]
+    assert given.x.shape[:-1] == shape[:-1] and given.x.dtype == sources[0].dtype
+    assert given.x.isnan().all() and given.x.untyped_storage().nbytes() == given.x.element_size()
+    weights = [leaf(n, width).detach().to(device).requires_grad_() for n in (135, 40)]
+    ups = [torch.randn(*shape[:-1], len(w), device=device) for w in weights]
+    outs = [fp8_linear(given, w) for w in weights]
+    got = torch.autograd.grad(outs, [*sources, *weights], ups)
+    copies = copies_of(*(y.detach().reshape(-1, shape[-1]) if y is sources[0] else y.detach() for y in sources))
+    back = torch.zeros(copies[0].shape, dtype=F64, device=device)
+    for w, up, out, dw in zip(weights, ups, outs, got[len(sources) :], strict=True):
+        q, scales, across = quantize_weight(w)
+        grads = quantize_both(up.reshape(-1, len(w)))
+        assert torch.equal(out.reshape(-1, len(w)), fp8_gemm(*copies[:2], q, scales, torch.float32))
+        assert torch.equal(dw, fp8_gemm_wgrad(*grads[2:], *copies[2:]))
+        back += fp8_gemm(*grads[:2], across, scales.t(), torch.float32).double()
+    exact = [y.detach().double().requires_grad_() for y in sources]
+    want = torch.autograd.grad(plain(*exact), exact, back.view(given.x.shape))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    with torch.no_grad():
+        without = make(*sources)
+        assert without.copies[2].numel() == 0 and torch.equal(fp8_linear(without, weights[0]), outs[0])
+    with pytest.raises(ValueError, match=r"x is a \(0, 0\) tensor.*wanted copies made where gradients are enabled"):
+        fp8_linear(without, weights[0])
+
+
+def check_quantized_inputs(device: str) -> None:
+    for shape in ((70, 150), (3, 1, 257)):
+        norm = torch.rand(shape[-1]) + 0.5
+        copies_of = lambda x, w: rms_norm_quantize(x, w, 1e-5)[:4]
+        check_quantized_input(
+            device, shape, lambda x, w: fp8_rms_norm(x, w, 1e-5), copies_of, lambda x, w: rms_norm(x, w, 1e-5), norm
+        )
+        wide = (*shape[:-1], 2 * shape[-1])
+        check_quantized_input(device, wide, fp8_swiglu, swiglu_quantize, swiglu)
+
+
 COUNTS = [[3, 0, 150, 1], [0, 0, 0, 0], [0, 130, 0, 0], [128, 256, 0, 64], [60, 30, 10, 200]]
 
 
@@ -225,6 +279,22 @@ def test_experts(seed: int, counts: list[int], dtype: torch.dtype, weighted: boo
 
 def test_linear(seed: int) -> None:
     check_linear("cpu")
+
+
+def test_quantized_inputs(seed: int) -> None:
+    """In float32 they are what the plain functions and fp8_linear are, bit for bit."""
+    check_quantized_inputs("cpu")
+    x, norm, w = leaf(70, 150), leaf(150), leaf(135, 150)
+    up = torch.randn(70, 135)
+    for fused, plain, sources in (
+        (fp8_rms_norm, rms_norm, (x, norm)),
+        (fp8_swiglu, swiglu, (leaf(70, 300),)),
+    ):
+        found = []
+        for function in (fused, plain):
+            y = fp8_linear(function(*sources), w)
+            found.append((y, *torch.autograd.grad(y, (*sources, w), up)))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_wanted_gradients_alone(seed: int) -> None:
@@ -261,9 +331,12 @@ def test_checkpoint_compile_and_library_checks(seed: int) -> None:
         (ops.swiglu_quantize, (torch.randn(3, 260), torch.rand(3), False, False)),
         (ops.swiglu_backward_quantize, (torch.randn(3, 130), torch.randn(3, 260), torch.rand(3), False)),
         (ops.swiglu_backward_quantize, (torch.randn(3, 130), torch.randn(3, 260), None, False)),
-        (ops.rms_norm_quantize, (torch.randn(3, 130), torch.rand(130), 1e-6, False)),
-        (ops.fp8_linear, (leaf(3, 130), w, *quantize_weight(w), None, True)),
-        (ops.fp8_linear, (leaf(3, 130), w, *quantize_weight(w), torch.zeros(5, 130), False)),
+        (ops.rms_norm_quantize, (torch.randn(3, 130), torch.rand(130), 1e-6, False, False)),
+        (ops.fp8_linear, (leaf(3, 130), w, *quantize_weight(w), None, *[None] * 4, True)),
+        (ops.fp8_linear, (leaf(3, 130), w, *quantize_weight(w), torch.zeros(5, 130), *[None] * 4, False)),
+        (ops.fp8_linear, (leaf(3, 130), w, *quantize_weight(w), None, *quantize_both(torch.randn(3, 130)), True)),
+        (ops.fp8_rms_norm, (leaf(3, 130), leaf(130), 1e-6, True)),
+        (ops.fp8_swiglu, (leaf(3, 260), False)),
         (ops.fp8_moe_mlp, (x, n, gate_up, down, weights, *values, *main, True)),
         (ops.fp8_moe_mlp, (x, n, gate_up, down, None, *values, None, None, False)),
     ):  # fmt: skip
@@ -287,6 +360,16 @@ def test_bad_input() -> None:
         fp8_linear(x, torch.randn(3, 6), quantize_weight(torch.randn(5, 6)))
     with bad(r"quantized is \(a .* tensor.*\), wanted the three tensors of quantize_weight"):
         fp8_linear(x, torch.randn(3, 6), quantize_weight(torch.randn(3, 6))[:2])
+    with bad(r"weight_H is a \(5,\) tensor"):
+        fp8_rms_norm(x, torch.ones(5))
+    with bad("eps is -1, wanted a number >= 0"):
+        fp8_rms_norm(x, torch.ones(6), -1)
+    with bad(r"gate_up is a \(4, 5\) tensor"):
+        fp8_swiglu(x[:, :5])
+    with bad(r"x is a \(4, 6\) tensor.*wanted \(3, 6\) values"):
+        fp8_linear(QuantizedInput(x[:3], quantize_both(x)), torch.randn(3, 6))
+    with bad(r"x is a \(6, 3\) tensor.*wanted \(6, 4\) values"):
+        fp8_linear(QuantizedInput(x, (*quantize_both(x)[:2], *quantize_both(x[:3])[2:])), torch.randn(3, 6))
     with bad(r"main_gradient_NK is a \(6, 3\) tensor"):
         fp8_linear(x, torch.randn(3, 6), None, torch.zeros(6, 3))
     with bad(r"down_EFH is a \(2, 4, 5\) tensor.*wanted a \(2, 4, 6\) tensor of float32"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from r1.bench._ahead_of_time import compiled
 from r1.kernels import (
     dequantize,
     fp8_gemm,
@@ -27,12 +28,13 @@ from r1.kernels import (
 )
 from r1.kernels.fp8 import reference
 from r1.kernels.fp8 import triton as fp8
-from tests.kernels import ahead_of_time, interpreter  # noqa: F401 (mends the interpreter)
-from tests.kernels.helpers import leaf
+from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
+from tests.kernels.helpers import assert_fits, leaf
 from tests.kernels.test_fp8 import E4M3, HUGE, same
 from tests.kernels.test_fp8_layers import (
     check_experts,
     check_linear,
+    check_quantized_inputs,
     check_rms_norm,
     check_swiglu_backward,
     check_weight,
@@ -241,6 +243,11 @@ def test_linear_and_a_row_in_every_batch(device: str) -> None:
             assert torch.equal(fp8_linear(rows[few], w)[few.index(3)], y.flatten(0, 1)[3])
 
 
+def test_quantized_inputs(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R1_KERNELS", f"fp8={backend}")  # what leads the gradient on is of other families
+    check_quantized_inputs(device)
+
+
 def test_layers(device: str) -> None:
     check_linear(device)
     for counts, dtype, weighted in (
@@ -266,46 +273,12 @@ def test_wrong_counts_are_refused() -> None:
         fp8.fp8_grouped_gemm_wgrad(*q, *q, torch.tensor([1, 2]), torch.float32)
 
 
-def v3_launches() -> None:
-    """Every kernel as it is launched at DeepSeek-V3's sizes, 8 experts a rank, for ahead_of_time.py."""
-    T, H, F, E = 8192, 7168, 2048, 8
-    values = lambda *shape: torch.empty(shape, dtype=E4M3)
-    scales = lambda rows, columns: torch.empty(-(-columns // 128), rows).t()
-    square = lambda *shape: torch.empty((*shape[:-2], *(-(-n // 128) for n in shape[-2:])))
-    for source in (torch.empty(T, H, dtype=torch.bfloat16), torch.empty(T, H)):
-        for power_of_two in (False, True):
-            fp8.quantize_1x128(source, power_of_two)
-            fp8.quantize_128x128(source, power_of_two)
-            fp8.quantize_both(source, power_of_two)
-        for weights in (None, torch.empty(T)):
-            for across in (False, True):
-                fp8.swiglu_quantize(source[:, : 2 * F], weights, across, False)
-            if source.dtype == torch.bfloat16:
-                fp8.swiglu_backward_quantize(source[:, :F].contiguous(), source[:, : 2 * F], weights, False)
-        fp8.rms_norm_quantize(source, torch.empty(H), 1e-6, False)
-        fp8.quantize_weight(torch.empty(E, H, 2 * F, dtype=source.dtype))
-    counts = torch.full((E,), T // E)
-    for N, K in ((2 * F, H), (H, F), (2112, H), (24576, 1536)):
-        for dtype in (torch.bfloat16, torch.float32):
-            a, b = (values(T, K), scales(T, K)), (values(N, K), square(N, K))
-            fp8.fp8_gemm(*a, *b, dtype)
-        fp8.fp8_gemm(*a, b[0], square(K, N).t(), torch.bfloat16)
-        across = values(N, T), scales(N, T), values(K, T), scales(K, T)
-        fp8.fp8_gemm_wgrad(*across, torch.float32)
-        fp8.fp8_gemm_wgrad_(torch.empty(N, K), *across)
-    fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, N, K), counts, torch.bfloat16)
-    fp8.fp8_grouped_gemm(*a, values(E, N, K), square(E, K, N).transpose(1, 2), counts, torch.bfloat16)
-    fp8.fp8_grouped_gemm_wgrad(*across, counts, torch.float32)
-    fp8.fp8_grouped_gemm_wgrad_(torch.empty(E, N, K), *across, counts)
-
-
 def test_compiles_for_hopper_without_spills() -> None:
-    binaries = ahead_of_time.compiled("tests.kernels.test_fp8_triton", "v3_launches")
+    binaries, _ = compiled("fp8")
     products = {"fp8_gemm_kernel", "fp8_grouped_wgrad_kernel"}
     quantisers = {"quantize_kernel", "quantize_square_kernel", "swiglu_backward_quantize_kernel", "inverse_rms_kernel"}
     assert {b.name for b in binaries} == {*quantisers, "plan_kernel", *products}
     for binary in binaries:
-        print(binary)
-        binary.assert_fit(uses_matrix_units=binary.name in products)
+        assert_fits(binary, uses_matrix_units=binary.name in products)
         if binary.name in products:
             assert "QGMMA" in binary.matrix_instructions and binary.bulk_copies

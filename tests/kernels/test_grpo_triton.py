@@ -12,11 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from r1.bench._ahead_of_time import compiled
 from r1.kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 from r1.kernels.grpo import reference
-from r1.kernels.grpo import triton as grpo
-from tests.kernels import ahead_of_time, interpreter  # noqa: F401 (mends the interpreter)
-from tests.kernels.helpers import check_operator, leaf, ragged, spawn_pair
+from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
+from tests.kernels.helpers import assert_fits, check_operator, leaf, ragged, spawn_pair
 
 F64 = torch.float64
 Result = dict[str, Tensor]
@@ -286,32 +286,13 @@ def test_vocabulary_parallel(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     spawn_pair(_tensor_parallel, seed)
 
 
-def v3_launches() -> None:
-    """Every kernel as it is launched at DeepSeek-V3's sizes (and at H = 4096), for ahead_of_time.py."""
-    T, V, C = 8192, 129280, 7936
-    row, column = torch.zeros(T), torch.zeros(T, dtype=torch.int64)
-    bounds, logits = torch.tensor([0, T], dtype=torch.int32), torch.empty(T, V)
-    for H, dtype in ((7168, torch.bfloat16), (4096, torch.bfloat16), (7168, torch.float32)):
-        h, w, grad = (torch.empty(*shape, dtype=dtype) for shape in ((T, H), (V, H), (T, C)))
-        for entropy in (None, row):
-            grpo.statistics(h, w, column, 0.7, entropy is not None, C, None)
-            grpo.grad_logits(h, w[:C], None, row, entropy, row, entropy, row, column, 0.7, grad)
-            grpo.statistics(h, w, column, 0.7, entropy is not None, C, logits)
-            grpo.grad_logits(h, w[:C], logits[:, :C], row, entropy, row, entropy, row, column, 0.7, grad)
-        if dtype == torch.bfloat16:
-            grpo.accumulate(torch.empty(T, H), grad, w[:C])
-    for cu_seqlens, estimator in itertools.product((None, bounds), ("k1", "k2", "k3")):
-        grpo.grpo_loss(row, row, row, row, row, cu_seqlens, row, 0.2, 0.2, 3.0, 2.0, 0.1, estimator, False)
-
-
 def test_compiles_for_hopper_without_spills() -> None:
-    binaries = ahead_of_time.compiled("tests.kernels.test_grpo_triton", "v3_launches")
+    binaries, _ = compiled("grpo")
     assert {b.name for b in binaries} == {
         "statistics_kernel", "merge_kernel", "grad_logits_kernel", "accumulate_kernel", "grpo_kernel",
     }  # fmt: skip
     for binary in binaries:
-        print(binary)
         products = binary.name in ("statistics_kernel", "grad_logits_kernel", "accumulate_kernel")
         products = products and not binary.constants.get("KEPT")
-        binary.assert_fit(uses_matrix_units=products)
+        assert_fits(binary, uses_matrix_units=products)
         assert not products or binary.bulk_copies, f"{binary.name} loads its tiles without bulk copies"

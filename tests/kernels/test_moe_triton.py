@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from r1.bench._ahead_of_time import compiled
 from r1.kernels import (
     grouped_gemm,
     grouped_gemm_wgrad_,
@@ -23,8 +24,8 @@ from r1.kernels import (
 )
 from r1.kernels.moe import reference
 from r1.kernels.moe import triton as moe
-from tests.kernels import ahead_of_time, interpreter  # noqa: F401 (mends the interpreter)
-from tests.kernels.helpers import check_operator, leaf
+from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
+from tests.kernels.helpers import assert_fits, check_operator, leaf
 
 F64 = torch.float64
 HALF = torch.bfloat16
@@ -376,50 +377,17 @@ def test_library_checks_and_compile(device: str) -> None:
     full = torch.full_like(counts, 6)  # rows that are nobody's differ from call to call
     arguments = (x.detach()[None].repeat(5, 1, 1), full, gate_up.detach(), down.detach())
     torch.library.opcheck(torch.ops.r1.moe_mlp_masked.default, (*arguments, None))
-    compiled = torch.compile(moe_mlp_masked, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), moe_mlp_masked(*arguments))
+    graph = torch.compile(moe_mlp_masked, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(*arguments), moe_mlp_masked(*arguments))
     check_operator(lambda x: swiglu(x), rows)
     check_operator(lambda x: unpermute(x, row_map, *ids.shape), rows)
     check_operator(lambda x: route(x, bias, 2, 4, 2, 1.0, replay_ids_TK=ids.t().contiguous().t())[1], logits)
 
 
-def v3_launches() -> None:
-    """Every kernel as it is launched at DeepSeek-V3's sizes, 8 experts a rank, for ahead_of_time.py."""
-    T, K, H, F, E = 8192, 8, 7168, 2048, 256
-    logits, bias = torch.zeros(T, E), torch.zeros(E)
-    ids, weights, padding = torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K), torch.zeros(T, dtype=torch.bool)
-    row_map = torch.zeros(T * K, dtype=torch.int64)
-    for score in ("sigmoid", "softmax"):
-        moe.route(logits, bias, K, 8, 4, 2.5, score, None, padding, False)
-        moe.route_backward(weights, logits, ids, padding, 2.5, score)
-    moe.route(logits, None, K, 1, 1, 2.5, "sigmoid", ids, None, False)
-    x_TH, x_PH = torch.empty(T, H, dtype=HALF), torch.empty(T * K, H, dtype=HALF)
-    moe.permute(x_TH, ids, E, False)
-    for w in (None, weights):
-        moe.unpermute(x_PH, row_map, T, K, w)
-        moe.unpermute_backward(x_TH, x_PH, row_map, K, w)
-    counts = torch.full((8,), T * K // 8)
-    for dtype in (HALF, torch.float32):
-        x, gate_up, down = (torch.empty(*s, dtype=dtype) for s in ((T * K, H), (8, H, 2 * F), (8, F, H)))
-        middle = torch.empty(T * K, 2 * F, dtype=dtype)
-        moe.grouped_gemm(x, gate_up, counts)
-        moe.grouped_gemm(middle[:, :F], down, counts)
-        moe.grouped_gemm(middle, gate_up.transpose(1, 2), counts)
-        moe.grouped_gemm(x, down.transpose(1, 2), counts)
-        moe.grouped_gemm_wgrad(x, middle, counts)
-        moe.grouped_gemm_wgrad_(torch.empty(8, H, 2 * F), x, middle, counts)
-        moe.moe_mlp_masked(x.view(8, -1, H), counts, gate_up, down, None)
-    for w in (None, torch.zeros(T * K)):
-        x = torch.empty(T * K, 2 * F, dtype=HALF)
-        moe.swiglu(x, w)
-        moe._swiglu_backward(torch.empty(T * K, F, dtype=HALF), x, w, again=w is not None)
-
-
 def test_compiles_for_hopper_without_spills() -> None:
-    binaries = ahead_of_time.compiled("tests.kernels.test_moe_triton", "v3_launches")
+    binaries, _ = compiled("moe")
     products = {"grouped_gemm_kernel", "grouped_wgrad_kernel"}
     assert len({b.name for b in binaries}) == 13 and products <= {b.name for b in binaries}
     for binary in binaries:
-        print(binary)
-        binary.assert_fit(uses_matrix_units=binary.name in products)
+        assert_fits(binary, uses_matrix_units=binary.name in products)
         assert binary.name not in products or binary.bulk_copies, f"{binary.name} loads its tiles without bulk copies"

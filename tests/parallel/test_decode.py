@@ -82,6 +82,10 @@ def _decode(trainer: Trainer, story: Story, own: list[int]) -> dict[tuple[int, i
         logits = decoder.logits(VOCABULARY)
         tokens_B = torch.tensor([tails[row][step] for row in rows])
         chosen = None if logits is None else logits.log_softmax(-1).gather(1, tokens_B[:, None]).squeeze(1)
+        if chosen is not None:
+            as_trained = decoder.logprobs(tokens_B, 1.0, VOCABULARY)
+            torch.testing.assert_close(as_trained, chosen, rtol=0, atol=1e-4)
+            chosen = as_trained if trainer.parallel.numerics == "exact" else chosen
         chosen = decoder.share(chosen, (len(rows),), torch.float32)
         for row, value in zip(rows, chosen.tolist(), strict=True):
             found[row].append(value)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from r1.kernels import quantize_weight
-from r1.parallel import checkpoint, convert, fp8, moe
+from r1.kernels import quantize_weight, swiglu
+from r1.parallel import attention, checkpoint, convert, fp8, moe
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.loss import TokenLogprobs
 from r1.parallel.model import decoder_config
@@ -254,6 +254,42 @@ def test_the_loss_follows(small_problem: Problem) -> None:
     assert b[0] == pytest.approx(a[0], rel=0.02)
     assert sum(b) == pytest.approx(sum(a), rel=0.1)
     assert b[-1] < 0.5 * b[0]
+
+
+def _norms(parallel: ParallelConfig, model: str, world: Any) -> dict[str, str]:
+    (chunk,) = Trainer(MODELS[model], parallel, world, seed=7).chunks
+    return {name.split("layers.")[-1]: type(m).__name__ for name, m in chunk.named_modules() if "norm" in name}
+
+
+def test_norms_that_only_linears_read_are_written_in_fp8() -> None:
+    world = join(BLOCK)
+    norms = _norms(BLOCK, "deepseek", world)
+    written = {name for name, kind in norms.items() if kind == "QuantizingRMSNorm"}
+    layers = ("0.", "1.", "2.", "3.", "0.transformer_layer.")
+    each = {f"{layer}{norm}" for layer in layers for norm in ("input_layernorm", "self_attention.q_norm")}
+    assert written == each | {"0.pre_mlp_layernorm"}, "routers read the others before experts, caches the latent's"
+    assert "QuantizingRMSNorm" not in _norms(ParallelConfig(), "deepseek", world).values()
+    recomputed = _norms(ParallelConfig(fp8="block", recompute="selective"), "deepseek", world)
+    left = {name for name, kind in recomputed.items() if kind == "QuantizingRMSNorm"}
+    assert left == {f"{layer}self_attention.q_norm" for layer in layers}
+
+
+@pytest.mark.parametrize("model", ["deepseek", "qwen2"])
+def test_writing_in_fp8_at_once_changes_nothing(
+    model: str, small_problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with the biases of Qwen2's linears; float32, where nothing is rounded between."""
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(attention, "QuantizingRMSNorm", attention.RMSNorm)
+            monkeypatch.setattr(moe, "activated", lambda gate_up, linear: swiglu(gate_up))
+        trainer = Trainer(MODELS[model], BLOCK, join(BLOCK), seed=7, adam=ADAM)
+        metrics = trainer.train_step(small_problem.batches(), LOSSES["supervised"], 1e-2)
+        results.append((metrics, assemble(pieces(trainer))))
+    assert results[0][0] == results[1][0]
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][key], rtol=0, atol=0, msg=key)
 
 
 # ------------------------------------------------------------------------------------------------ quantised weights

@@ -33,7 +33,7 @@ def test_a_step_with_the_triton_kernels(loss: str, monkeypatch: pytest.MonkeyPat
     problem = make_problem(SEED, [9, 17, 4], [[0, 1, 2]])
     add_old_logprobs(problem, Trainer(MODELS["deepseek"], ParallelConfig(), join(ParallelConfig()), seed=7), SEED)
     plain = several_steps("deepseek", ParallelConfig(), loss, problem.batches(), steps=1)
-    monkeypatch.setenv("R1_KERNELS", "grpo=triton,moe=triton")
+    monkeypatch.setenv("R1_KERNELS", "grpo=triton,moe=triton,mla=triton,norm=triton,optim=triton")
     triton = several_steps("deepseek", ParallelConfig(), loss, problem.batches(), steps=1)
     same_metrics(triton["metrics"][0], plain["metrics"][0], 1e-5)
     error = compare(assemble(plain["gradients"]), [triton["gradients"]], 1e-4)

@@ -1,0 +1,62 @@
+"""Exact numerics in the driver: rollout and training give the same log-probabilities, and the first ratio is 1."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from r1.engine.config import load_config
+from r1.engine.engine import Engine, Sample, SamplingParameters
+
+COPIES, PROMPTS = 8, 32
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "dtype", "threads"),
+    [("exact", "float32", 1), ("exact", "float32", 2), ("exact", "bfloat16", 1), ("fast", "float32", 1)],
+    indirect=["threads"],
+)
+def test_256_completions_of_the_tiny_preset(numerics: str, dtype: str, threads: None) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    config = load_config("tiny", [f"parallel.numerics={numerics}", f"parallel.dtype={dtype}", f"seed={seed}"])
+    engine = Engine(config, train=True)
+    prompts = [[draw.randrange(2, 600) for _ in range(draw.randint(1, 40))] for _ in range(PROMPTS)]
+    # A tenth of the vocabulary ends a completion, so that lengths are mixed.
+    sampling = SamplingParameters(max_tokens=48, temperature=0.8, stop_ids=tuple(range(0, 640, 10)))
+    completions = engine.generate(prompts, sampling, copies=COPIES, seed=seed)
+    samples = [
+        Sample(prompt + c.tokens, len(prompt), rollout_logprobs=c.logprobs, advantage=draw.uniform(-1, 1))
+        for prompt, group in zip(prompts, completions, strict=True)
+        for c in group
+    ]
+    lengths = {len(s.tokens) - s.prompt_length for s in samples}
+    assert len(samples) == 256 and len(lengths) > 10
+    for sample in samples:
+        sample.old_logprobs = sample.rollout_logprobs
+    gaps = []
+    for order, tokens in ((range(256), 16384), (draw.sample(range(256), 256), 2048), (draw.sample(range(256), 5), 512)):
+        read, _ = engine.logprobs([samples[i] for i in order], "policy", 0.8, tokens)
+        for i, values in zip(order, read, strict=True):
+            gaps += [abs(a - b) for a, b in zip(values, samples[i].rollout_logprobs, strict=True)]
+    stage = config.stages.r1_zero.model_copy(update={"temperature": 0.8, "kl_coefficient": 0.0})
+    metrics = engine.grpo_step(samples, lr=1e-3, stage=stage)
+    engine.close()
+    assert torch.tensor(gaps).max() < 1e-4
+    if numerics == "exact":
+        assert max(gaps) == 0.0
+        assert metrics["ratio"] == 1.0 and metrics["clip_low_fraction"] == metrics["clip_high_fraction"] == 0.0
+    else:
+        assert max(gaps) > 0.0, "if fast numerics were exact this test would prove nothing"
