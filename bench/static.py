@@ -40,8 +40,9 @@ def fault(binary: Binary) -> str | None:
 
 
 def fetched_per_flop(binary: Binary) -> float | None:
-    """Bytes of both operands that a block asks the second-level cache for, for a FLOP of its products."""
-    if not binary.matrix_instructions:
+    """Bytes of both operands that a block asks the second-level cache for, for a FLOP of its product. Attention's are
+    counted in docs/kernels/mla.md."""
+    if not binary.matrix_instructions or "HEAD" in binary.constants:
         return None
     get = binary.constants.get
     rows = get("BLOCK_M") or get("BLOCK_T") or get("BLOCK") or get("rows")

@@ -37,6 +37,16 @@ def test_a_kernel_that_spills_or_does_not_fit_is_a_fault() -> None:
     assert "232449 bytes of shared memory" in static.fault(replace(good, shared_bytes=232_449))
 
 
+def test_what_a_tile_fetches() -> None:
+    product = Binary("gemm_kernel", {"rows": 256, "columns": 128}, 168, 0, 200_000, 0, {"QGMMA": 8}, 14)
+    assert static.fetched_per_flop(product) == (256 / 2 + 128) / (2 * 256 * 128)
+    tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PRECISION": "tf32"}
+    half = replace(product, name="grouped_gemm_kernel", constants=tile, matrix_instructions={"HGMMA": 4})
+    assert static.fetched_per_flop(half) == 2 * (128 + 256) / (2 * 128 * 256)
+    assert static.fetched_per_flop(replace(half, matrix_instructions={})) is None
+    assert static.fetched_per_flop(replace(half, constants=tile | {"HEAD": 128})) is None
+
+
 def test_an_unknown_family_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         static.main(["mpe"])
