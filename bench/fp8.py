@@ -6,7 +6,10 @@
   product's against the operands that were quantised.
   A weight's gradient is float32 in ours and bf16 in torch's.
 - `grouped`, `grouped wgrad`: the same for experts, against torch._grouped_mm in bf16.
-- `path`: what training pays: both operands quantised and all three products of a linear layer, against bf16.
+- `path`: what training pays: both operands quantised and all three products of a linear layer, against bf16, and
+  TransformerEngine's blockwise recipe where it runs.
+- `expert path`: the same of experts, all six products and SwiGLU, their weights quantised in it, against
+  torch._grouped_mm in bf16.
 
 On a CPU the shapes are small and our backend is plain torch, which is a definition and no fast path.
 """
@@ -33,6 +36,7 @@ from r1.kernels import (
     fp8_grouped_gemm,
     fp8_grouped_gemm_wgrad,
     fp8_linear,
+    fp8_moe_mlp,
     quantize_1x128,
     quantize_128x128,
     quantize_both,
@@ -50,6 +54,8 @@ GROUPED = {
     "cpu": [(4, 256, 256, 384)],
     "cuda": [(4, 32768, 4096, 7168), (4, 32768, 7168, 2048), (8, 32763, 4096, 7168)],
 }
+# (experts, rows, expert width, hidden)
+EXPERTS = {"cpu": [(4, 256, 128, 384)], "cuda": [(8, 32763, 2048, 7168)]}
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -75,6 +81,28 @@ def deep_gemm(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Callable[[]
         return out
 
     return call
+
+
+def transformer_engine(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A linear of its own under Float8BlockScaling, which quantises as DeepSeek-V3 does; it holds the weight itself."""
+    library = importlib.import_module("transformer_engine.pytorch")
+    recipe = importlib.import_module("transformer_engine.common.recipe").Float8BlockScaling()
+    linear = library.Linear(weight.shape[1], weight.shape[0], bias=False, params_dtype=weight.dtype, device=x.device)
+    linear.weight = torch.nn.Parameter(weight.detach())
+
+    def call(x: Tensor, up: Tensor) -> Tensor:
+        with library.fp8_autocast(enabled=True, fp8_recipe=recipe):
+            out = linear(x)
+        torch.autograd.grad(out, [x, linear.weight], up)
+        return out.detach()
+
+    return call
+
+
+def grouped_mm_experts(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    ends = counts.cumsum(0).int()
+    gate, up = torch._grouped_mm(x, gate_up, offs=ends).chunk(2, -1)
+    return torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, offs=ends)
 
 
 def measured(
@@ -142,7 +170,14 @@ def measure_dense(shape: tuple[int, ...], device: str, repeats: int) -> list[_me
         return out.detach()
 
     calls = {"bf16": lambda: both(torch.nn.functional.linear), **ours(lambda: both(fp8_linear), device)}
-    return records + measured("path", shape, calls, {}, {}, device, repeats, 3 * flops)
+    failed = {}
+    if device == "cuda":
+        try:
+            theirs = transformer_engine(x, w)
+            calls["TransformerEngine"] = lambda: theirs(x, g)
+        except Exception as error:
+            failed["TransformerEngine"] = f"{type(error).__name__}: {error}"[:300]
+    return records + measured("path", shape, calls, failed, {}, device, repeats, 3 * flops)
 
 
 def measure_grouped(shape: tuple[int, ...], device: str, repeats: int) -> list[_measure.Record]:
@@ -170,6 +205,26 @@ def measure_grouped(shape: tuple[int, ...], device: str, repeats: int) -> list[_
     plain = torch.stack([y.t() @ z for y, z in zip(g.float().split(counts.tolist()), x.float().split(counts.tolist()))])
     compared = {"ours": exact, "bf16, torch._grouped_mm": plain}
     return records + measured("grouped wgrad", shape, calls, {}, compared, device, repeats, flops)
+
+
+def measure_experts(shape: tuple[int, ...], device: str, repeats: int) -> list[_measure.Record]:
+    E, P, F, H = shape
+    half = torch.bfloat16
+    x, gate_up, down = (
+        (torch.randn(*size, device=device) * size[-2] ** -0.5).to(half).requires_grad_()
+        for size in ((P, H), (E, H, 2 * F), (E, F, H))
+    )
+    counts = torch.full((E,), P // E, device=device)
+    counts[0] += P - int(counts.sum())
+    leaves, up = [x, gate_up, down], torch.randn(P, H, device=device, dtype=half)
+
+    def both(experts: Callable[..., Tensor]) -> Tensor:
+        out = experts(x, counts, gate_up, down)
+        torch.autograd.grad(out, leaves, up)
+        return out.detach()
+
+    calls = {"bf16, torch._grouped_mm": lambda: both(grouped_mm_experts), **ours(lambda: both(fp8_moe_mlp), device)}
+    return measured("expert path", shape, calls, {}, {}, device, repeats, 18.0 * P * F * H)
 
 
 def table(records: list[_measure.Record]) -> None:
@@ -201,6 +256,7 @@ def main() -> None:
     with Progress(transient=True) as progress:
         work = [(measure_dense, s) for s in SHAPES[options.device]]
         work += [(measure_grouped, s) for s in GROUPED[options.device]]
+        work += [(measure_experts, s) for s in EXPERTS[options.device]]
         for measure, shape in progress.track(work, description="fp8"):
             records += measure(shape, options.device, options.repeats)
     path = _measure.save("fp8", options.device, records, options.out)
