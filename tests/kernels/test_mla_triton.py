@@ -179,6 +179,18 @@ def test_a_sequence_has_the_same_bits_alone_and_in_every_pack(device: str) -> No
         assert torch.equal(a[:70], b[:70]) and torch.equal(a[201:], b[201:]) and a[70:201].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "N", "M", "own", "rope", "value"), [([20, 9], 2, 1, 16, 8, 16), *marked(pytest.mark.gpu, GPU_CASES)]
+)
+def test_the_same_bits_50_times(
+    device: str, lengths: list[int], N: int, M: int, own: int, rope: int, value: int
+) -> None:
+    problem = Problem(device, lengths, N, M, own, rope, value)
+    first = problem.run()
+    for _ in range(49):
+        assert all(torch.equal(a, b) for a, b in zip(problem.run(), first))
+
+
 def test_any_strides(device: str) -> None:
     problem = Problem(device, [33, 9], 4, 2, 16, 8, 16)
     got = problem.run()

@@ -56,6 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str, tuple[str, ...]]] = {
     "TP2 ETP2": (2, {"tensor": 2, "expert_tensor": 2}, "deepseek", ("supervised",)),
     "CP2": (2, {"context": 2}, "deepseek", ALL),
     "CP2 llama": (2, {"context": 2}, "llama", ("supervised", "policy_sequence")),
+    "CP4": (4, {"context": 4}, "deepseek", ("supervised", "policy")),
     "EP2 ETP2 allgather": (
         4,
         {"expert": 2, "expert_tensor": 2, "dispatcher": "allgather"},
