@@ -179,6 +179,10 @@ def test_grpo_loss_against_float64(seed: int, kl: str, ratio: str, extras: bool)
     assert metrics["token_count"] == active.sum()
     d = (ref - logp)[active]
     torch.testing.assert_close(metrics["kl_k3_sum"], (d.exp() - d - 1).sum().detach())
+    if extras:  # the old policy's from the rollout's, which sampled: exp(m) - 1 - m estimates their divergence
+        m = (old - rollout)[active]
+        torch.testing.assert_close(metrics["mismatch_abs_sum"], m.abs().sum())
+        torch.testing.assert_close(metrics["mismatch_k3_sum"], (m.exp() - m - 1).sum())
     if ratio == "token":
         r = (logp - old).exp()
         torch.testing.assert_close(metrics["ratio_sum"], r[active].sum().detach())

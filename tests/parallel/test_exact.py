@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from r1.parallel.config import ParallelConfig
-from r1.parallel.loss import PolicyLoss
+from r1.parallel.loss import PolicyLoss, TokenLogprobs
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import Trainer
 from r1.parallel.world import join
 from tests.parallel import test_decode
 from tests.parallel.test_decode import Story, story  # noqa: F401 (a fixture)
 from tests.parallel.tiny import ADAM, LOSSES, MODELS, VOCABULARY, Problem, make_problem, own_part, same_metrics
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exact numerics is for a CPU")
 
 LAYOUTS = {
     name: (processes, layout | {"numerics": "exact"}, model)
@@ -73,6 +75,20 @@ def test_it_trains_as_without(layout: dict[str, Any], pools: Any) -> None:
     for got in [steps(layout, problem)] if len(layout) == 1 else pools[2].run(steps, layout, problem):
         for exact, fast in zip(got, wanted, strict=True):
             same_metrics(exact, fast, 1e-3)
+
+
+def test_weights_on_their_way_are_waited_for() -> None:
+    """Megatron waits in hooks before a module's forward, which the latents' up projection has not here."""
+    parallel = ParallelConfig(numerics="exact")
+    trainer = Trainer(MODELS["deepseek"], parallel, join(parallel), seed=3)
+    asked = []
+    modules = [
+        m for name, m in trainer.chunks[0].named_modules() if name.endswith("linear_kv_up") and "mtp" not in name
+    ]
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, inputs: asked.append(module))
+    trainer.read(make_problem(5, [9, 17], [[0, 1]]).batches(), TokenLogprobs(VOCABULARY))
+    assert asked == modules and len(modules) == 4
 
 
 def first_ratio(layout: dict[str, Any], story: Story) -> tuple[float, float]:  # noqa: F811
