@@ -21,12 +21,14 @@ F64, HALF, F32 = torch.float64, torch.bfloat16, torch.float32
 NAN = float("nan")
 
 
-def same_as_plain(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The accuracy rule: at most twice the plain version's error; float32 products are of three TF32 ones on a GPU."""
+def same_as_plain(got: Tensor, plain: Tensor, exact: Tensor, what: str, cancelling: float = 0.0) -> None:
+    """The accuracy rule: at most twice the plain version's error; float32 products are of three TF32 ones on a GPU.
+    What cancels leaves its own rounding: the gradient of a row that sees one key is 0, a difference of two sums."""
     error, room = ((x.double() - exact).abs().max().item() if exact.numel() else 0.0 for x in (got, plain))
     size = exact.abs().max().item() if exact.numel() else 0.0
     assert got.isfinite().all(), what
-    assert error <= 2 * room + 3e-6 * size, f"{what}: {error:.2e}, plain torch {room:.2e}"
+    limit = 2 * room + 3e-6 * size + torch.finfo(F32).eps * cancelling
+    assert error <= limit, f"{what}: {error:.2e}, plain torch {room:.2e}, allowed {limit:.2e}"
 
 
 class Problem:
@@ -75,9 +77,14 @@ class Problem:
 
     def check(self) -> list[Tensor]:
         got, exact, plain = self.run(), self.eager(F64), self.eager(self.up.dtype)
+        # A score's gradient is probability * (up . v - up . out): both products reach this size before they cancel.
+        largest = lambda x: x.float().abs().max().item() if x.numel() else 0.0
+        product = largest(self.up.float().norm(dim=-1)) * largest(self.leaves[2].float().norm(dim=-1))
+        terms = {"dq": self.leaves[1:], "dk": self.leaves[:1], "dk_rope": self.leaves[:1]}
         for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dk_rope"), got, plain, exact, strict=False):
             assert a.shape == c.shape and a.dtype == (F32 if name == "lse" else self.up.dtype), name
-            same_as_plain(a, b, c, name)
+            factor = max([largest(x) for x in terms.get(name, [])], default=0.0)
+            same_as_plain(a, b, c, name, self.scale * product * factor)
         return got
 
 
