@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from r1.kernels import numerics
 from r1.kernels.fp8 import triton as fp8_kernels
 from r1.kernels.grpo import triton as grpo_kernels
 from r1.kernels.mla import triton as mla_kernels
@@ -240,6 +241,10 @@ def mla() -> Iterator[Launch]:
         label = f"{B} x {L}, {N} heads of {R + rope}/{R}, {_of(dtype)}"
         work = 2.0 * B * L * N * (2 * R + rope)
         yield Launch(mla_kernels.mla_decode, label, (q, cache, table, lens, 0.1, R), work)
+        keys = torch.empty(L, 1, R + rope, dtype=dtype)
+        arguments = (torch.empty(L, N, R + rope, dtype=dtype), keys, keys[..., :R], None, torch.tensor([0, L]), L, None)
+        label = f"exact, {L} queries, {N} heads of {R + rope}/{R}, {_of(dtype)}"
+        yield Launch(numerics("exact")(mla_kernels.mla_attention), label, (*arguments, 0.1, True), work / B * L / 2)
         rows = torch.empty(B, R + rope, dtype=dtype)
         yield Launch(mla_kernels.append_kv, f"{B} x {R + rope}, {_of(dtype)}", (cache, rows, table, lens - 1))
     for dtype in (HALF, torch.float32):

@@ -39,8 +39,8 @@ def register(family: str, backend: str, module: ModuleType | str, proven_on: tup
     _proven[family, backend] = frozenset(proven_on)
 
 
-def implementation(family: str, device: torch.device) -> ModuleType:
-    """The module that runs `family` on `device`.
+def backend(family: str, device: torch.device) -> str:
+    """The name of the backend that runs `family` on `device`.
 
     Raises ValueError if R1_KERNELS is no backend's name, or names one that this family or this device does not have.
     """
@@ -64,9 +64,15 @@ def implementation(family: str, device: torch.device) -> ModuleType:
         raise ValueError(f"R1_KERNELS is 'cuda', but the tensors are on {device}")
     if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("R1_KERNELS is 'triton', but tensors on a CPU need Triton's interpreter: TRITON_INTERPRET=1")
-    module = available[wanted]
+    return wanted
+
+
+def implementation(family: str, device: torch.device) -> ModuleType:
+    """The module that runs `family` on `device`; raises as backend() does."""
+    name = backend(family, device)
+    module = _implementations[family][name]
     if isinstance(module, str):
-        module = available[wanted] = importlib.import_module(module)
+        module = _implementations[family][name] = importlib.import_module(module)
     return module
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 ROWS, WIDTH = 32, 16  # of a product: its rows, and what the other two sizes are multiples of
 KEYS = 32  # that attention takes at a time
+PAGE = 64  # rows, of which a page of a cache has a multiple
 QUERIES = 1024  # whose scores exist at a time
 
 _exact = False

@@ -24,6 +24,7 @@ from r1.kernels import (
     grouped_gemm,
     mla_attention,
     mla_decode,
+    numerics,
     rms_norm,
     yarn_softmax_scale,
 )
@@ -44,6 +45,18 @@ class DecodeStep:
     block_table_BM: Tensor
     rope: tuple[Tensor, Tensor]
     caches: dict[int, tuple[Tensor, ...]]
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The first argument, with the gradient of the second: the same function computed another way."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 class RMSNorm(MegatronModule):
@@ -177,7 +190,6 @@ class MultiHeadLatentAttention(_SelfAttention):
         return self.kv_norm(latent), apply_rope(k_rope, *rope, interleaved=True).squeeze(1)
 
     def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
-        m = self.model
         q_TND = torch.cat(self._queries(hidden, packed.rope), -1)
         latent, k_rope_TD = self._latents(hidden, packed.rope)
         if packed.caches is not None:
@@ -186,8 +198,17 @@ class MultiHeadLatentAttention(_SelfAttention):
                 whole = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
             whole = rounded_input(self.linear_kv_up, whole.squeeze(1))
             packed.caches[self.layer_number] = (torch.cat([whole, k_rope_TD], -1),)
-        if self.exact:
-            return self._attend_as_decoded(q_TND, latent, k_rope_TD, packed)
+        if not self.exact:
+            return self._attend_expanded(q_TND, latent, k_rope_TD, packed)
+        with torch.no_grad():
+            out_TND = self._attend_as_decoded(q_TND, latent, k_rope_TD, packed)
+        if not torch.is_grad_enabled():
+            return out_TND
+        with numerics("fast"):
+            return _WithGradientOf.apply(out_TND, self._attend_expanded(q_TND, latent, k_rope_TD, packed))
+
+    def _attend_expanded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
+        m = self.model
         if packed.gather_order_T is not None:
             if self.config.sequence_parallel:
                 latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
@@ -210,7 +231,8 @@ class MultiHeadLatentAttention(_SelfAttention):
 
     def _attend_as_decoded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
         """Over the latents themselves, in the order of decoding: R wide, not expanded for the heads, so that the
-        products are 3.4 times as many in V3's attention, and the same bits in rollout and training."""
+        products are 3.4 times as many in V3's attention, and the same bits in rollout and training. The gradient is
+        that of the expanded attention, the same function: no backward is that wide."""
         fetch_weight(self.linear_kv_up)
         m, (up_k, up_v) = self.model, self._up()
         q_nope, q_rope = q_TND.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1.kernels import linear_logprob, numerics
+from r1.kernels.exact import PAGE
 from r1.parallel.attention import DecodeStep
 from r1.parallel.packing import MicroBatch, PackedSequence, pad_to
 from r1.parallel.trainer import Trainer
@@ -141,7 +142,10 @@ class Decoder:
         hidden = self._run(batch.tokens_T, packed)
         assert packed.caches is not None
         owner_B = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)
-        places = torch.arange(self.max_length, device=self.device)
+        room = self.max_length
+        if self.trainer.parallel.numerics == "exact":
+            room = -(-room // PAGE) * PAGE
+        places = torch.arange(room, device=self.device)
         # Row b of the cache is the prompt of sequence b; places past its end hold any finite value, never read.
         source_BL = (cu_seqlens[:-1].long()[owner_B, None] + places).clamp(max=batch.tokens_T.numel() - 1)
         self.caches = {

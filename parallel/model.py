@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +44,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from r1.kernels import rope_tables
+from r1.kernels.backend import backend
 from r1.parallel.attention import DecodeStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm, norm_of_linears
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.fp8 import linears
@@ -296,11 +296,12 @@ def build(
         model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     parallel.check_model(model)
     if parallel.numerics == "exact" and world.device.type != "cpu":
-        raise ValueError(
-            f"parallel.numerics = exact is for a CPU, and this model is built on {world.device}; wanted fast"
-        )
-    if parallel.numerics == "exact" and os.environ.get("R1_KERNELS", "") not in ("", "auto", "torch"):
-        raise ValueError(f"R1_KERNELS is {os.environ['R1_KERNELS']!r}, wanted torch with parallel.numerics = exact")
+        for family in ("norm", "moe", "mla", "grpo"):
+            if (found := backend(family, world.device)) != "triton":
+                raise ValueError(
+                    f"the {family} family's backend is {found!r}, wanted R1_KERNELS=triton with parallel.numerics ="
+                    f" exact on {world.device}"
+                )
     config = decoder_config(model, parallel)
     chunks = []
     for index in range(parallel.virtual_pipeline):

@@ -18,9 +18,11 @@ import triton
 from torch import Tensor
 
 from r1.kernels.bulk_copy import descriptor
+from r1.kernels.exact import is_exact
 from r1.kernels.mla import reference
 from r1.kernels.mla import triton_attention as attention
 from r1.kernels.mla import triton_decode as decode
+from r1.kernels.mla import triton_exact as exact
 
 # By bytes an element. Constants: were they chosen by the batch, a row's bits would depend on it.
 FORWARD = {
@@ -172,6 +174,8 @@ def mla_attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    if is_exact():
+        return _exact_attention(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale)
     widths = _widths(k_SMD, v_SMD, k_rope_SD, scale)
     if widths is None:
         return reference.mla_attention(
@@ -189,6 +193,41 @@ def mla_attention(
             sequence, tiles, N, N // M, widths.value, scale * LOG2_E, **call.options(tile),
         )  # fmt: skip
     return call.queries.give(out), call.queries.give(lse)
+
+
+def _exact_attention(
+    q_TND: Tensor,
+    k_SMD: Tensor,
+    v_SMD: Tensor,
+    k_rope_SD: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    query_index_T: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Every query decoded for itself. Values that are the first columns of the keys are latents, as mla_decode's."""
+    (T, N, D), (S, M, value) = q_TND.shape, v_SMD.shape
+    latent = M == 1 and k_rope_SD is None and v_SMD.data_ptr() == k_SMD.data_ptr() and v_SMD.stride() == k_SMD.stride()
+    if not _decodes(scale, value if latent else max(D, value), q_TND, k_SMD):
+        return reference.mla_attention(
+            q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale, True
+        )
+    if cu_seqlens.device.type == "cpu":
+        reference.checked_bounds(cu_seqlens, S)
+    k = k_SMD if k_rope_SD is None else torch.cat([k_SMD, k_rope_SD[:, None].expand(-1, M, -1)], -1)
+    index = torch.arange(S, device=q_TND.device) if query_index_T is None else query_index_T
+    paged = exact.paged(cu_seqlens, S, max_seqlen, index)
+    k_pages = paged.cache(k)
+    v_pages = k_pages if latent else paged.cache(v_SMD)
+    head, tiles = (value, LATENT) if latent else (D, GROUPED)
+    out, lse = q_TND.new_empty(T, N, value), q_TND.new_empty(T, N, dtype=torch.float32)
+    splits = triton.cdiv(max_seqlen, SPLIT)
+    step = max(exact.WORKSPACE // max(N * splits * value, 1), 1)
+    for begin in range(0, T, step):
+        part = slice(begin, begin + step)
+        table, lens = paged.table_TM[part], paged.lens_T[part]
+        _decode(q_TND[part], k_pages, v_pages, table, lens, scale, head, tiles, out[part], lse[part])
+    return out, lse
 
 
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:
@@ -270,7 +309,14 @@ def mla_attention_backward(
 
 
 def _decodes(scale: float, width: int, *tensors: Tensor) -> bool:
-    return scale > 0 and width <= WIDEST_DECODED.get(max(x.element_size() for x in tensors), 0)
+    most = WIDEST_DECODED.get(max(x.element_size() for x in tensors), 0)
+    fits = scale > 0 and width <= most
+    if not fits and is_exact() and tensors[0].is_cuda:
+        raise ValueError(
+            f"exact numerics on a GPU decodes a scale > 0 and at most {most} columns of {tensors[0].dtype}, and not"
+            f" scale {scale} and {width} columns"
+        )
+    return fits
 
 
 def mla_decode(
@@ -278,6 +324,8 @@ def mla_decode(
 ) -> Tensor:
     if not _decodes(scale, latent_rank, q_BND, kv_cache):
         return reference.mla_decode(q_BND, kv_cache, block_table_BM, seq_lens_B, scale, latent_rank)
+    if is_exact():
+        kv_cache, block_table_BM = exact.in_pages(kv_cache, block_table_BM)
     cache = kv_cache.unsqueeze(2)
     return _decode(q_BND, cache, cache, block_table_BM, seq_lens_B, scale, latent_rank, LATENT)
 
@@ -287,22 +335,29 @@ def gqa_decode(
 ) -> Tensor:
     if not _decodes(scale, max(q_BND.shape[2], v_cache.shape[3]), q_BND, k_cache, v_cache):
         return reference.gqa_decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale)
+    if is_exact():
+        v_cache, _ = exact.in_pages(v_cache, block_table_BM)
+        k_cache, block_table_BM = exact.in_pages(k_cache, block_table_BM)
     return _decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale, q_BND.shape[2], GROUPED)
 
 
 def _decode(
-    q_BND: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scale: float, head: int, tiles: dict[int, Any]
-) -> Tensor:
-    """Both kinds. A head is `head` wide, and what q has beyond that is the tail; latents are k and v at once."""
+    q_BND: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scale: float, head: int, tiles: dict[int, Any],
+    out: Tensor | None = None, lse_BN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Both kinds. A head is `head` wide, and what q has beyond that is the tail; latents are k and v at once. Into
+    `out`, and the log-sum-exp of the scaled scores into lse_BN, where these are given."""
     latent = tiles is LATENT
     (B, N, D), page_size, M = q_BND.shape, k.shape[1], k.shape[2]
     value, room = head if latent else v.shape[3], table.shape[1] * page_size
     if lens.device.type == "cpu":
         reference.checked_lengths(lens, table, page_size)
-    out = q_BND.new_empty(B, N, value)
+    out = q_BND.new_empty(B, N, value) if out is None else out
     if not out.numel():
         return out
     if not room or not k.numel():
+        if lse_BN is not None:
+            lse_BN.fill_(-torch.inf)
         return out.zero_()
     if not q_BND.dtype == k.dtype == v.dtype:
         q_BND = q_BND.float()
@@ -319,14 +374,15 @@ def _decode(
     k_head, k_tail = k[..., :head], k[..., head:] if D > head else k[..., :head]
     decode.decode_kernel[(B * splits * M * triton.cdiv(N // M, tile["BLOCK_H"]),)](
         q, q.stride(0), q.stride(1), pages(k_head), pages(k_tail), pages(k_head if latent else v), table,
-        table.stride(0), lens, out, part, log2_sum, splits, split_pages, room, N, N // M, head, D - head, value,
-        scale * LOG2_E, LATENT=latent, PAGE=page_size, PRECISION=_precision(q), HEAD=_padded(head),
-        TAIL=_padded(D - head), VALUE=_padded(value), **tile,
+        table.stride(0), lens, out, _or(lse_BN, out), part, log2_sum, splits, split_pages, room, N, N // M, head,
+        D - head, value, scale * LOG2_E, LATENT=latent, LSE=lse_BN is not None, PAGE=page_size,
+        PRECISION=_precision(q), HEAD=_padded(head), TAIL=_padded(D - head), VALUE=_padded(value), **tile,
     )  # fmt: skip
     if splits > 1:
         decode.combine_kernel[(B * N,)](
-            part, log2_sum, lens, out, splits, split_pages * page_size, room, N, value, VALUE=_padded(value)
-        )
+            part, log2_sum, lens, out, _or(lse_BN, out), splits, split_pages * page_size, room, N, value,
+            LSE=lse_BN is not None, VALUE=_padded(value),
+        )  # fmt: skip
     return out
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def _slots(cache, head, page, slot, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
@@ -19,12 +21,13 @@ def _slots(cache, head, page, slot, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "split_pages", "room"])
 def decode_kernel(
-    q_ptr, q_row, q_head, k, k_tail, v, table_ptr, table_row, lens_ptr, out_ptr, part_ptr, log2_sum_ptr,
+    q_ptr, q_row, q_head, k, k_tail, v, table_ptr, table_row, lens_ptr, out_ptr, lse_ptr, part_ptr, log2_sum_ptr,
     splits, split_pages, room, N, group, width, tail_width, value_width, log2_scale,
-    LATENT: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
+    LATENT: tl.constexpr, LSE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Out where the sequence has one split or none, else this split's share and the log of its sum, in base 2."""
+    """Out where the sequence has one split or none, else this split's share and the log of its sum, in base 2. With
+    LSE the log-sum-exp too, in base e."""
     # The blocks of heads that read the same keys run side by side.
     head_blocks = tl.cdiv(group, BLOCK_H)
     head_block = tl.program_id(0) % head_blocks
@@ -84,6 +87,8 @@ def decode_kernel(
     if length <= split_pages * PAGE:
         where = out_ptr + place[:, None] * value_width + value_column[None, :]
         tl.store(where, share.to(out_ptr.dtype.element_ty), mask=mask_out)
+        if LSE:
+            tl.store(lse_ptr + place, (largest + tl.log2(total)) * LN_2, mask=live_row)
     else:
         part = place * splits + split
         tl.store(part_ptr + part[:, None] * value_width + value_column[None, :], share, mask=mask_out)
@@ -92,8 +97,9 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["splits", "split_keys", "room"])
 def combine_kernel(
-    part_ptr, log2_sum_ptr, lens_ptr, out_ptr, splits, split_keys, room, N, value_width, VALUE: tl.constexpr
-):
+    part_ptr, log2_sum_ptr, lens_ptr, out_ptr, lse_ptr, splits, split_keys, room, N, value_width,
+    LSE: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lens_ptr + place // N).to(tl.int32), room)
     if length <= split_keys:
@@ -112,6 +118,8 @@ def combine_kernel(
         sums += weight * tl.load(part_ptr + (place * splits + split) * value_width + column, mask=mask, other=0.0)
     out = (sums / total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place * value_width + column, out, mask=mask)
+    if LSE:
+        tl.store(lse_ptr + place, (largest + tl.log2(total)) * LN_2)
 
 
 @triton.jit(do_not_specialize=["pages"])

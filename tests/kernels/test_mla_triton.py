@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from r1.bench._ahead_of_time import compiled
-from r1.kernels import append_kv, gqa_decode, mla_attention, mla_decode
+from r1.kernels import append_kv, gqa_decode, mla_attention, mla_decode, numerics
 from r1.kernels.mla import reference
 from r1.kernels.mla import triton as mla
 from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
@@ -318,6 +318,71 @@ def test_gqa_decode(
         same_as_plain(out[b], *results, f"sequence {b}")
     one = slice(3, 4)
     assert torch.equal(gqa_decode(q[one], k_cache, v_cache, table[one], lens[one], 0.2), out[one])
+
+
+EXACT_CASES = [
+    # lengths, N, M, width of q and k, of v, whether k and v are one latent
+    ([3, 0, 67, 1], 3, 1, 24, 16, True),
+    ([3, 0, 67, 1], 4, 2, 12, 20, False),
+    pytest.param([3000, 0, 1, 2048, 300], 128, 1, 576, 512, True, marks=pytest.mark.gpu),
+    pytest.param([3000, 0, 1, 2048, 300], 16, 4, 128, 128, False, marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, F32], ids=str)
+@pytest.mark.parametrize(("lengths", "N", "M", "D", "value", "latent"), EXACT_CASES)
+def test_exact_numerics_trains_as_it_decodes(
+    device: str, lengths: list[int], N: int, M: int, D: int, value: int, latent: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every row of the pack, whichever others are computed beside it, has the bits of decoding it over a cache."""
+    if device == "cpu":
+        monkeypatch.setattr(mla, "SPLIT", 64)
+    elif dtype == F32 and value > mla.WIDEST_DECODED[4]:
+        pytest.skip("as wide as that only in 16 bits")
+    problem = Problem(device, lengths, N, M, D, 0, value, dtype)
+    if latent:
+        problem.leaves[2] = problem.leaves[1][..., :value]
+    (q, k, v), S = problem.leaves, sum(lengths)
+    starts = problem.cu[:-1].long()
+    some = torch.cat([torch.randperm(S)[: S // 4], torch.tensor([-2, S])]).to(device)
+
+    def attend(queries: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        return mla_attention(
+            queries, k, v, problem.cu, max(lengths), problem.scale, query_index_T=index, return_lse=True
+        )
+
+    with numerics("exact"):
+        out, lse = attend(q, None)
+        monkeypatch.setattr(mla.exact, "WORKSPACE", 1)
+        few, few_lse = attend(q[some.clamp(0, S - 1)], some)
+    assert torch.equal(few[:-2], out[some[:-2]]) and torch.equal(few_lse[:-2], lse[some[:-2]])
+    assert few[-2:].eq(0).all() and few_lse[-2:].eq(-torch.inf).all()
+    for a, b, c, name in zip((out, lse), problem.eager(dtype), problem.eager(F64), ("out", "lse"), strict=False):
+        same_as_plain(a, b, c, name)
+    size = 64 if dtype == HALF else 192
+    cache, table, _ = paged(device, lengths, size, dtype, M, D + value)
+    for b, n in enumerate(lengths):
+        rows = torch.cat([k, v], -1)[starts[b] : starts[b] + n]
+        for i in range(n):
+            cache[table[b, i // size], i % size] = rows[i]
+    own = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    lens = (torch.arange(S, device=device) - starts[own] + 1).int()
+    with numerics("exact"):
+        if latent:
+            decoded = mla_decode(q, cache[:, :, 0, :D], table[own], lens, problem.scale, value)
+        else:
+            k_cache, v_cache = cache.split([D, value], -1)
+            decoded = gqa_decode(q, k_cache, v_cache, table[own], lens, problem.scale)
+    assert torch.equal(decoded, out)
+    with numerics("exact"), pytest.raises(ValueError, match="a page has 32 rows, wanted a multiple of 64"):
+        gqa_decode(q, k.new_empty(2, 32, M, D), v.new_empty(2, 32, M, value), table[own], lens, problem.scale)
+
+
+def test_exact_numerics_has_the_gradients_of_attention(device: str) -> None:
+    problem = Problem(device, [20, 0, 3, 33], 4, 2, 12, 4, 20, F32)
+    with numerics("exact"):
+        problem.check()
 
 
 def test_decode_of_mixed_types_and_by_the_torch_backend(device: str) -> None:

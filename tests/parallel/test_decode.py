@@ -77,10 +77,10 @@ def _decode(trainer: Trainer, story: Story, own: list[int]) -> dict[tuple[int, i
         # Rows leave at different times; an odd number stays, so that sequence parallelism has to pad.
         if step in (2, 4):
             kept = [place for place in range(len(rows)) if place % 3 != 1 or len(rows) == 1]
-            decoder.keep(torch.tensor(kept))
+            decoder.keep(torch.tensor(kept, device=decoder.device))
             rows = [rows[place] for place in kept]
         logits = decoder.logits(VOCABULARY)
-        tokens_B = torch.tensor([tails[row][step] for row in rows])
+        tokens_B = torch.tensor([tails[row][step] for row in rows], device=decoder.device)
         chosen = None if logits is None else logits.log_softmax(-1).gather(1, tokens_B[:, None]).squeeze(1)
         if chosen is not None:
             as_trained = decoder.logprobs(tokens_B, 1.0, VOCABULARY)
@@ -98,8 +98,8 @@ def _read(trainer: Trainer, story: Story, own: list[int]) -> dict[tuple[int, int
     prompts, tails = story
     rows = [(i, c) for i in own for c in range(COPIES)]
     texts = [prompts[i] + tails[i, c] for i, c in rows]
-    stream = torch.tensor([token for text in texts for token in text])
-    ends = torch.tensor([0] + [len(text) for text in texts]).cumsum(0)
+    stream = torch.tensor([token for text in texts for token in text], device=trainer.world.device)
+    ends = torch.tensor([0] + [len(text) for text in texts], device=stream.device).cumsum(0)
     batch = MicroBatch(stream, ends.int(), {"targets": stream.roll(-1)})
     (rows_T2,) = trainer.read([batch], TokenLogprobs(VOCABULARY))
     return {row: rows_T2[int(end) - 1 - NEW : int(end) - 1, 0].tolist() for row, end in zip(rows, ends[1:])}

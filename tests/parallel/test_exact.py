@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from r1.parallel.config import ParallelConfig
 from r1.parallel.loss import PolicyLoss, TokenLogprobs
+from r1.parallel.model import build
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import Trainer
 from r1.parallel.world import join
@@ -16,7 +19,7 @@ from tests.parallel import test_decode
 from tests.parallel.test_decode import Story, story  # noqa: F401 (a fixture)
 from tests.parallel.tiny import ADAM, LOSSES, MODELS, VOCABULARY, Problem, make_problem, own_part, same_metrics
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="exact numerics is for a CPU")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the torch backend is exact on a CPU alone")
 
 LAYOUTS = {
     name: (processes, layout | {"numerics": "exact"}, model)
@@ -25,6 +28,7 @@ LAYOUTS = {
 }
 
 
+@on_cpu
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_decoding_is_reading(name: str, pools: Any, story: Story) -> None:  # noqa: F811
     processes, layout, model = LAYOUTS[name]
@@ -62,6 +66,7 @@ def steps(layout: dict[str, Any], problem: Problem) -> list[dict[str, float]]:
     return [trainer.train_step(batches, LOSSES["supervised"], 0.02) for _ in range(3)]
 
 
+@on_cpu
 @pytest.mark.parametrize(
     "layout",
     [{}, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {"expert": 2}, {"pipeline": 2}, {"context": 2}],
@@ -77,6 +82,7 @@ def test_it_trains_as_without(layout: dict[str, Any], pools: Any) -> None:
             same_metrics(exact, fast, 1e-3)
 
 
+@on_cpu
 def test_weights_on_their_way_are_waited_for() -> None:
     """Megatron waits in hooks before a module's forward, which the latents' up projection has not here."""
     parallel = ParallelConfig(numerics="exact")
@@ -113,6 +119,7 @@ def first_ratio(layout: dict[str, Any], story: Story) -> tuple[float, float]:  #
     return metrics["ratio_sum"], metrics["token_count"]
 
 
+@on_cpu
 @pytest.mark.parametrize("layout", [{}, {"expert": 2}, {"pipeline": 2}], ids=str)
 def test_the_first_ratio_is_one(layout: dict[str, Any], pools: Any, story: Story) -> None:  # noqa: F811
     layout = layout | {"numerics": "exact"}
@@ -134,8 +141,43 @@ def test_what_it_does_not_go_with(layout: dict[str, Any], match: str) -> None:
         ParallelConfig(numerics="exact", **layout).check_model(MODELS["deepseek"])
 
 
-def test_other_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("R1_KERNELS", "moe=triton")
+TRITON = "norm=triton,moe=triton,mla=triton,grpo=triton"
+SHORT: Story = (
+    [[random.randrange(VOCABULARY) for _ in range(n)] for n in (2, 62)],
+    {
+        (p, c): [random.randrange(VOCABULARY) for _ in range(test_decode.NEW)]
+        for p in range(2)
+        for c in range(test_decode.COPIES)
+    },
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "dtype"), [("llama", "float32"), ("deepseek", "bfloat16")])
+def test_decoding_is_reading_in_triton(model: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted: the order of the sums is the kernels' own. The longer sequence goes over a page's end."""
+    pytest.importorskip("triton")
+    from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
+
+    monkeypatch.setenv("R1_KERNELS", TRITON)
+    layout = {"numerics": "exact", "dtype": dtype}
+    decoded, read = test_decode.decode_and_read(model, layout, SHORT)
+    assert decoded == {row: values[: len(decoded[row])] for row, values in read.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["deepseek", "llama", "qwen2"])
+def test_decoding_is_reading_on_a_gpu(model: str, dtype: str, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("R1_KERNELS", TRITON)
+    layout = {"numerics": "exact", "dtype": dtype}
+    decoded, read = test_decode.decode_and_read(model, layout, story)
+    assert decoded == {row: values[: len(decoded[row])] for row, values in read.items()}
+
+
+def test_the_torch_backend_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R1_KERNELS", "norm=triton")
     parallel = ParallelConfig(numerics="exact")
-    with pytest.raises(ValueError, match="R1_KERNELS is 'moe=triton', wanted torch with parallel.numerics = exact"):
-        Trainer(MODELS["deepseek"], parallel, join(parallel), seed=3)
+    world = replace(join(ParallelConfig()), device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="the moe family's backend is 'torch', wanted R1_KERNELS=triton with"):
+        build(MODELS["deepseek"], parallel, world, seed=3)
