@@ -1,9 +1,9 @@
 """Which implementation runs an operator, and how operators enter torch.library.
 
-A family has up to three implementations, Python modules with the same function names: `cuda`, `triton`, and `torch`
-(reference.py, the definition). R1_KERNELS=cuda|triton|torch forces one, R1_KERNELS=grpo=triton,moe=torch one for some
-families; `auto`, the default, takes the fastest that has passed its tests on this kind of device, which on a CPU is
-`torch`.
+A family has implementations, Python modules with the same function names: `torch` (reference.py, the definition),
+perhaps `triton` and `cuda`, and `flash_attn` in one family. R1_KERNELS=cuda|triton|flash_attn|torch forces one,
+R1_KERNELS=grpo=triton,moe=torch one for some families; `auto`, the default, takes the first of them that has passed its
+tests on this kind of device, which on a CPU is `torch`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "torch")  # fastest first
+BACKENDS = ("cuda", "triton", "flash_attn", "torch")  # in the order that `auto` prefers
 
 LIBRARY = torch.library.Library("r1", "DEF")
 
@@ -29,10 +29,12 @@ _proven: dict[tuple[str, str], frozenset[str]] = {}
 def register(family: str, backend: str, module: ModuleType | str, proven_on: tuple[str, ...]) -> None:
     """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it.
 
-    A module given by its name is imported when it is first wanted. Left out are Triton's where Triton is not installed,
+    A module given by its name is imported when it is first wanted. Left out are those whose packages are not installed,
     and CUDA's where r1._cuda was not built.
     """
-    needs = {"triton": ("triton",), "cuda": ("triton", "r1._cuda")}.get(backend, ())
+    needs = {"triton": ("triton",), "cuda": ("triton", "r1._cuda"), "flash_attn": ("triton", "flash_attn")}.get(
+        backend, ()
+    )
     if any(importlib.util.find_spec(package) is None for package in needs):
         return
     _implementations.setdefault(family, {})[backend] = module
@@ -60,8 +62,8 @@ def backend(family: str, device: torch.device) -> str:
         raise ValueError(f"R1_KERNELS is {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}")
     if wanted not in available:
         raise ValueError(f"R1_KERNELS is {wanted!r}, but the {family} family has only: {', '.join(available)}")
-    if wanted == "cuda" and device.type != "cuda":
-        raise ValueError(f"R1_KERNELS is 'cuda', but the tensors are on {device}")
+    if wanted in ("cuda", "flash_attn") and device.type != "cuda":
+        raise ValueError(f"R1_KERNELS is {wanted!r}, but the tensors are on {device}")
     if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("R1_KERNELS is 'triton', but tensors on a CPU need Triton's interpreter: TRITON_INTERPRET=1")
     return wanted

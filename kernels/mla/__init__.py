@@ -16,6 +16,7 @@ from r1.kernels.mla import reference
 
 register("mla", "torch", reference, proven_on=("cpu", "cuda"))
 register("mla", "triton", "r1.kernels.mla.triton", proven_on=())
+register("mla", "flash_attn", "r1.kernels.mla.flash_attention", proven_on=())
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
