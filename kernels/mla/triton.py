@@ -21,6 +21,7 @@ from r1.kernels.bulk_copy import descriptor
 from r1.kernels.mla import reference
 from r1.kernels.mla import triton_attention as attention
 from r1.kernels.mla import triton_decode as decode
+from r1.kernels.mla import triton_fp8 as fp8_cache
 
 # By bytes an element. Constants: were they chosen by the batch, a row's bits would depend on it.
 FORWARD = {
@@ -38,6 +39,12 @@ GRAD_KEY = {
 SPLIT = 2048  # cached tokens that one program walks over, in whole pages
 LATENT = {
     2: {"BLOCK_H": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_H": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+}
+# A tile of bytes is half as large, and free again once it has been taken times its scales. Five stages, of which the
+# page's number has its part, keep two tiles on their way; three would keep one.
+LATENT_FP8 = {
+    2: {"BLOCK_H": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 5},
     4: {"BLOCK_H": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
 }
 GROUPED = {
@@ -304,11 +311,12 @@ def _decode(
         return out
     if not room or not k.numel():
         return out.zero_()
-    if not q_BND.dtype == k.dtype == v.dtype:
+    fp8 = k.dtype == torch.uint8
+    if not fp8 and not q_BND.dtype == k.dtype == v.dtype:
         q_BND = q_BND.float()
     q = q_BND if q_BND.stride(2) == 1 else q_BND.contiguous()
     table, lens = table if table.stride(1) == 1 else table.contiguous(), lens.contiguous()
-    tile = dict(tiles[q.element_size()])
+    tile = dict((LATENT_FP8 if fp8 else tiles)[q.element_size()])
     # Blocks stay within a page.
     tile["BLOCK_N"] = block = min(tile["BLOCK_N"], max(page_size & -page_size, 16))
     split_pages = max(SPLIT // page_size, 1)
@@ -316,13 +324,23 @@ def _decode(
     part = torch.empty(B, N, splits, value, dtype=torch.float32, device=q.device) if splits > 1 else out
     log2_sum = torch.empty(B, N, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     pages = lambda x: descriptor(x.permute(2, 0, 1, 3), [1, 1, block, _padded(x.shape[3])])
-    k_head, k_tail = k[..., :head], k[..., head:] if D > head else k[..., :head]
-    decode.decode_kernel[(B * splits * M * triton.cdiv(N // M, tile["BLOCK_H"]),)](
-        q, q.stride(0), q.stride(1), pages(k_head), pages(k_tail), pages(k_head if latent else v), table,
-        table.stride(0), lens, out, part, log2_sum, splits, split_pages, room, N, N // M, head, D - head, value,
-        scale * LOG2_E, LATENT=latent, PAGE=page_size, PRECISION=_precision(q), HEAD=_padded(head),
-        TAIL=_padded(D - head), VALUE=_padded(value), **tile,
-    )  # fmt: skip
+    grid = (B * splits * M * triton.cdiv(N // M, tile["BLOCK_H"]),)
+    if fp8:
+        latents, scales, ropes = reference.fp8_parts(k, head)
+        ropes = pages(ropes if D > head else latents)
+        fp8_cache.decode_fp8_kernel[grid](
+            q, q.stride(0), q.stride(1), pages(latents), scales, scales.stride(1), ropes, table, table.stride(0), lens,
+            out, part, log2_sum, splits, split_pages, room, N, head, D - head, scale * LOG2_E, PAGE=page_size,
+            PRECISION=_precision(q), HEAD=_padded(head), TAIL=_padded(D - head), **tile,
+        )  # fmt: skip
+    else:
+        k_head, k_tail = k[..., :head], k[..., head:] if D > head else k[..., :head]
+        decode.decode_kernel[grid](
+            q, q.stride(0), q.stride(1), pages(k_head), pages(k_tail), pages(k_head if latent else v), table,
+            table.stride(0), lens, out, part, log2_sum, splits, split_pages, room, N, N // M, head, D - head, value,
+            scale * LOG2_E, LATENT=latent, PAGE=page_size, PRECISION=_precision(q), HEAD=_padded(head),
+            TAIL=_padded(D - head), VALUE=_padded(value), **tile,
+        )  # fmt: skip
     if splits > 1:
         decode.combine_kernel[(B * N,)](
             part, log2_sum, lens, out, splits, split_pages * page_size, room, N, value, VALUE=_padded(value)
@@ -336,9 +354,17 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     B, width = len(rows), math.prod(kv_cache.shape[2:])
     if not B or not width:
         return
-    rows = rows.reshape(B, width)
+    rows = rows.flatten(1)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     table = block_table_BM if block_table_BM.stride(1) == 1 else block_table_BM.contiguous()
+    if kv_cache.dtype == torch.uint8:
+        R = reference.fp8_latent_rank(rows.shape[1], width)
+        fp8_cache.append_fp8_kernel[(B,)](
+            *reference.fp8_parts(kv_cache, R), width, rows, rows.stride(0), table, table.stride(0),
+            positions_B.contiguous(), table.shape[1], kv_cache.shape[1], R, rows.shape[1] - R, HEAD=_padded(R),
+            TAIL=_padded(rows.shape[1] - R),
+        )  # fmt: skip
+        return
     block = min(triton.next_power_of_2(width), 1024)
     decode.append_kernel[(B, triton.cdiv(width, block))](
         kv_cache, rows, rows.stride(0), table, table.stride(0), positions_B.contiguous(), table.shape[1],

@@ -394,9 +394,10 @@ def test_bad_input_on_a_cpu(device: str) -> None:
 def test_compiles_for_hopper_without_spills() -> None:
     binaries, _ = compiled("mla")
     streaming = {"forward_kernel", "grad_query_kernel", "grad_key_kernel"}
-    assert len({b.name for b in binaries}) == 9 and streaming <= {b.name for b in binaries}
+    assert len({b.name for b in binaries}) == 11 and streaming <= {b.name for b in binaries}
     for binary in binaries:
         # A decoded query has few heads a key in grouped attention: it reads, and multiplies 16 rows at a time.
-        matrix = binary.name in streaming or (binary.name == "decode_kernel" and binary.constants["BLOCK_H"] >= 64)
+        latents = binary.name in ("decode_kernel", "decode_fp8_kernel") and binary.constants["BLOCK_H"] >= 64
+        matrix = binary.name in streaming or latents
         assert_fits(binary, uses_matrix_units=matrix)
         assert binary.name not in streaming or binary.bulk_copies, f"{binary.name} loads its tiles without bulk copies"
