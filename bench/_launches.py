@@ -13,6 +13,7 @@ from torch import Tensor
 from r1.kernels import numerics
 from r1.kernels.fp8 import triton as fp8_kernels
 from r1.kernels.grpo import triton as grpo_kernels
+from r1.kernels.mla import fp8_latent_bytes
 from r1.kernels.mla import triton as mla_kernels
 from r1.kernels.moe import triton as moe_kernels
 from r1.kernels.norm import triton as norm_kernels
@@ -247,6 +248,16 @@ def mla() -> Iterator[Launch]:
         yield Launch(numerics("exact")(mla_kernels.mla_attention), label, (*arguments, 0.1, True), work / B * L / 2)
         rows = torch.empty(B, R + rope, dtype=dtype)
         yield Launch(mla_kernels.append_kv, f"{B} x {R + rope}, {_of(dtype)}", (cache, rows, table, lens - 1))
+    for dtype, N, R, rope in ((HALF, 128, 512, 64), (HALF, 16, 512, 64), (torch.float32, 16, 128, 64)):
+        size = fp8_latent_bytes(R, rope)
+        q, cache = torch.empty(B, N, R + rope, dtype=dtype), torch.empty(B * L // page, page, size, dtype=torch.uint8)
+        label = f"{B} x {L}, {N} heads of {R + rope}/{R}, {_of(dtype)}, FP8 cache"
+        work = 2.0 * B * L * N * (2 * R + rope)
+        yield Launch(mla_kernels.mla_decode, label, (q, cache, table, lens, 0.1, R), work)
+        rows = torch.empty(B, R + rope, dtype=dtype)
+        yield Launch(
+            mla_kernels.append_kv, f"{B} x {R + rope}, {_of(dtype)}, FP8 cache", (cache, rows, table, lens - 1)
+        )
     for dtype in (HALF, torch.float32):
         q, cache = torch.empty(B, 64, 128, dtype=dtype), torch.empty(B * L // page, page, 8, 128, dtype=dtype)
         arguments = (q, cache, torch.empty_like(cache), table, lens, 0.1)

@@ -6,7 +6,9 @@
   width. TFLOP/s count what a causal sequence needs, once: no recomputation, no padding. At the shortest length errors
   are against float64.
 - `decode`: one query a sequence over a paged latent cache: ours, pages gathered and scaled_dot_product_attention, and
-  FlashMLA where it is installed. GB/s count the cache's used rows, read once.
+  FlashMLA where it is installed; where latents are whole blocks of 128, ours over an FP8 cache too, whose error is its
+  quantisation's as well (FlashMLA reads such a cache for sparse attention only, and is left out). GB/s count the used
+  rows of the cache as they lie, read once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from r1.bench import _measure
-from r1.kernels import mla_attention, mla_decode
+from r1.kernels import append_kv, fp8_latent_bytes, mla_attention, mla_decode
 
 # (query heads, key heads, own width of the keys, shared rope width, width of the values)
 TRAINING = {
@@ -35,7 +37,7 @@ TRAINING = {
 LENGTHS = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 # (sequences, cached tokens each, heads, latent width, rope width, tokens a page)
 DECODE = {
-    "cpu": {"tiny preset": (8, 256, 4, 32, 16, 16)},
+    "cpu": {"tiny preset": (8, 256, 4, 32, 16, 16), "latents of 128": (8, 256, 4, 128, 32, 16)},
     "cuda": {
         "DeepSeek-V3, 128 heads": (128, 4096, 128, 512, 64, 64),
         "16 of its heads": (128, 4096, 16, 512, 64, 64),
@@ -186,6 +188,15 @@ def measure_decode(label: str, shape: tuple[int, ...], device: str, repeats: int
         contenders["FlashMLA"] = their_decode
     ours = lambda: mla_decode(q, cache, table, lens, scale, R)
     contenders |= {name: _measure.with_kernels(name, ours) for name in _ours(device)}
+    token_bytes = dict.fromkeys(contenders, (R + rope) * q.element_size())
+    if R % 128 == 0:
+        size, token = fp8_latent_bytes(R, rope), torch.arange(B * L, device=device)
+        fp8_cache = torch.empty(*cache.shape[:2], size, dtype=torch.uint8, device=device)
+        append_kv(fp8_cache, cache.flatten(0, 1), token[:, None] // page, token % page)
+        ours_fp8 = lambda: mla_decode(q, fp8_cache, table, lens, scale, R)
+        for name in _ours(device):
+            contenders[f"{name}, FP8 cache"] = _measure.with_kernels(name, ours_fp8)
+            token_bytes[f"{name}, FP8 cache"] = size
     few = slice(0, 4)  # sequences whose error is looked at: float64 is slow
     pages = cache[table[few].long()].double().flatten(1, 2)
     scores = torch.einsum("bnd,bld->bnl", q[few].double(), pages) * scale
@@ -199,11 +210,11 @@ def measure_decode(label: str, shape: tuple[int, ...], device: str, repeats: int
                 raise
             del contenders[name]
             records.append(_record("decode", name, label, tokens=L, failed=f"{type(error).__name__}: {error}"[:300]))
-    flops, moved = 2 * B * L * N * (2 * R + rope), B * L * (R + rope) * q.element_size()
+    flops = 2 * B * L * N * (2 * R + rope)
     for name, took in _measure.side_by_side(contenders, device, repeats).items():
         records.append(_record(
             "decode", name, label, tokens=L, seconds_forward=took, tflops_forward=flops / took / 1e12,
-            gigabytes_per_second=moved / took / 1e9, relative_errors={"out": errors[name]},
+            gigabytes_per_second=B * L * token_bytes[name] / took / 1e9, relative_errors={"out": errors[name]},
         ))  # fmt: skip
     return records
 

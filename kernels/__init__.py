@@ -30,7 +30,7 @@ from r1.kernels.grpo import (
     linear_grpo_loss,
     linear_logprob,
 )
-from r1.kernels.mla import append_kv, gqa_decode, mla_attention, mla_decode
+from r1.kernels.mla import append_kv, fp8_latent_bytes, gqa_decode, mla_attention, mla_decode
 from r1.kernels.moe import (
     grouped_gemm,
     grouped_gemm_wgrad_,
@@ -59,6 +59,7 @@ __all__ = [
     "fp8_grouped_gemm",
     "fp8_grouped_gemm_wgrad",
     "fp8_grouped_gemm_wgrad_",
+    "fp8_latent_bytes",
     "fp8_linear",
     "fp8_moe_mlp",
     "fp8_rms_norm",

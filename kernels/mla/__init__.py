@@ -135,14 +135,8 @@ def mla_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_cache(
-    name: str, cache: Tensor, dims: int, q_BND: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor
-) -> None:
+def _check_decode(q_BND: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor) -> None:
     require(q_BND.dim() == 3 and q_BND.is_floating_point(), "q_BND", q_BND, "a floating (B, N, D) tensor")
-    require(
-        cache.dim() == dims and cache.shape[-1] == q_BND.shape[2] and cache.device == q_BND.device,
-        name, cache, f"a {dims}-dimensional tensor (blocks, block size, ..., {q_BND.shape[2]}) on {q_BND.device}",
-    )  # fmt: skip
     integers = (torch.int32, torch.int64)
     B = q_BND.shape[0]
     require(
@@ -154,6 +148,27 @@ def _check_cache(
     )
 
 
+def _check_cache(name: str, cache: Tensor, dims: int, q_BND: Tensor) -> None:
+    require(
+        cache.dim() == dims and cache.shape[-1] == q_BND.shape[2] and cache.is_floating_point()
+        and cache.device == q_BND.device,
+        name, cache, f"a floating {dims}-dimensional tensor (blocks, block size, ..., {q_BND.shape[2]}) on "
+        f"{q_BND.device}",
+    )  # fmt: skip
+
+
+def fp8_latent_bytes(latent_rank: int, rope_width: int) -> int:
+    """Bytes of one token in an FP8 cache of latents, a contiguous uint8 tensor (blocks, block size, bytes).
+
+    FlashMLA's format (README of deepseek-ai/FlashMLA, "FP8 with scale"): latent_rank values in float8_e4m3fn, one
+    float32 scale for 128 of them, rope_width values in bfloat16; 656 bytes for 512 and 64. Raises ValueError if
+    latent_rank is not a positive multiple of 128, or rope_width is odd or negative.
+    """
+    require(latent_rank > 0 and latent_rank % 128 == 0, "latent_rank", latent_rank, "a positive multiple of 128")
+    require(rope_width >= 0 and rope_width % 2 == 0, "rope_width", rope_width, "an even number, 0 or more")
+    return latent_rank + latent_rank // 32 + 2 * rope_width
+
+
 def mla_decode(
     q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
 ) -> Tensor:
@@ -163,9 +178,22 @@ def mla_decode(
     kv_cache is (blocks, block size, R + Dr), shared by the heads; R = latent_rank. block_table_BM lists each sequence's
     blocks, seq_lens_B counts its cached tokens, the newest included. What stands beyond them is not read; a length of 0
     gives 0. No gradient. Raises ValueError for wrong shapes or types.
+
+    A contiguous uint8 cache (blocks, block size, fp8_latent_bytes(R, Dr)) is one of FP8 latents. Key and value are then
+    the float8 number times its float32 scale, a product in float32 rounded to q's type (float64 for a float64 q), and
+    the rope part in q's type; the rest is computed as with a cache that holds these.
     """
-    _check_cache("kv_cache", kv_cache, 3, q_BND, block_table_BM, seq_lens_B)
+    _check_decode(q_BND, block_table_BM, seq_lens_B)
     require(0 < latent_rank <= q_BND.shape[2], "latent_rank", latent_rank, f"1..{q_BND.shape[2]}")
+    if kv_cache.dtype == torch.uint8:
+        size = fp8_latent_bytes(latent_rank, q_BND.shape[2] - latent_rank)
+        require(
+            kv_cache.dim() == 3 and kv_cache.shape[2] == size and kv_cache.is_contiguous()
+            and kv_cache.device == q_BND.device,
+            "kv_cache", kv_cache, f"a contiguous (blocks, block size, {size}) tensor of FP8 latents on {q_BND.device}",
+        )  # fmt: skip
+    else:
+        _check_cache("kv_cache", kv_cache, 3, q_BND)
     return _mla_decode(q_BND, kv_cache, block_table_BM, seq_lens_B, float(scale), latent_rank)
 
 
@@ -174,12 +202,14 @@ def gqa_decode(
 ) -> Tensor:
     """One query a sequence against its cached keys and values: out (B, N, Dv).
 
-    k_cache is (blocks, block size, M, D), v_cache (blocks, block size, M, Dv); M divides N. Else as mla_decode.
+    k_cache is (blocks, block size, M, D), v_cache (blocks, block size, M, Dv); M divides N. Else as mla_decode, but
+    for FP8: these caches are of floating numbers.
     """
-    _check_cache("k_cache", k_cache, 4, q_BND, block_table_BM, seq_lens_B)
+    _check_decode(q_BND, block_table_BM, seq_lens_B)
+    _check_cache("k_cache", k_cache, 4, q_BND)
     require(
-        v_cache.dim() == 4 and v_cache.shape[:3] == k_cache.shape[:3],
-        "v_cache", v_cache, f"a tensor of shape {(*k_cache.shape[:3], 'Dv')}",
+        v_cache.dim() == 4 and v_cache.shape[:3] == k_cache.shape[:3] and v_cache.is_floating_point(),
+        "v_cache", v_cache, f"a floating tensor of shape {(*k_cache.shape[:3], 'Dv')}",
     )  # fmt: skip
     require(q_BND.shape[1] % k_cache.shape[2] == 0, "k_cache", k_cache, f"key heads that divide {q_BND.shape[1]}")
     return _gqa_decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, float(scale))
@@ -191,12 +221,19 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     kv_cache is contiguous (blocks, block size, ...), rows (B, ...): latents for MLA, keys or values for GQA.
     Several tokens of one sequence are rows whose table rows are the same. A negative position is left out.
     Raises ValueError for wrong shapes or types, or a position beyond the table.
+
+    Into a uint8 cache, one of FP8 latents (fp8_latent_bytes), go rows (B, R + Dr) of any floating type; R follows from
+    their width and a token's bytes. Latents are quantised as by quantize_1x128 (scale amax / 448, 1 for zeros; what is
+    infinite saturates, NaN stays and is alone), the rope part is rounded to bfloat16.
     """
     require(kv_cache.dim() >= 3 and kv_cache.is_contiguous(), "kv_cache", kv_cache, "a contiguous (blocks, size, ...)")
-    require(
-        rows.shape[1:] == kv_cache.shape[2:] and rows.device == kv_cache.device,
-        "rows", rows, f"a (B, {', '.join(map(str, kv_cache.shape[2:]))}) tensor on {kv_cache.device}",
-    )  # fmt: skip
+    if kv_cache.dtype == torch.uint8:
+        _check_fp8_rows(kv_cache, rows)
+    else:
+        require(
+            rows.shape[1:] == kv_cache.shape[2:] and rows.device == kv_cache.device,
+            "rows", rows, f"a (B, {', '.join(map(str, kv_cache.shape[2:]))}) tensor on {kv_cache.device}",
+        )  # fmt: skip
     B, integers = rows.shape[0], (torch.int32, torch.int64)
     require(
         block_table_BM.dim() == 2 and block_table_BM.shape[0] == B and block_table_BM.dtype in integers,
@@ -211,4 +248,16 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     _append_kv(kv_cache, rows.detach(), block_table_BM, positions_B)
 
 
-__all__ = ["append_kv", "gqa_decode", "mla_attention", "mla_decode"]
+def _check_fp8_rows(kv_cache: Tensor, rows: Tensor) -> None:
+    require(kv_cache.dim() == 3, "kv_cache", kv_cache, "(blocks, block size, bytes), as uint8 one of FP8 latents")
+    size, width = kv_cache.shape[2], rows.shape[1] if rows.dim() == 2 else 0
+    R = reference.fp8_latent_rank(width, size)
+    require(
+        rows.is_floating_point() and rows.device == kv_cache.device
+        and 0 < R <= width and R % 128 == 0 and (width - R) % 2 == 0 and fp8_latent_bytes(R, width - R) == size,
+        "rows", rows, f"a floating (B, R + Dr) tensor on {kv_cache.device} for {size} = R + R / 32 + 2 Dr bytes of FP8 "
+        "latents, R a multiple of 128, Dr even",
+    )  # fmt: skip
+
+
+__all__ = ["append_kv", "fp8_latent_bytes", "gqa_decode", "mla_attention", "mla_decode"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from r1.kernels import exact
 from r1.kernels.backend import wide
+from r1.kernels.fp8.reference import BLOCK, dequantize, quantize_1x128
 
 SCORES_PER_BLOCK = 2**20  # 4 MB of float32: stays in the cache of a CPU
 MIN_BLOCK = 32
@@ -297,11 +298,47 @@ def _softmax(scores: Tensor, unused: Tensor) -> Tensor:
     return scores.masked_fill_(unused, torch.finfo(scores.dtype).min).softmax(-1)
 
 
+def fp8_latent_rank(width: int, size: int) -> int:
+    """R of rows of R + Dr numbers that have `size` = R + R / 32 + 2 Dr bytes each; no multiple of 128 if none has."""
+    return (2 * width - size) * 32 // 31
+
+
+def fp8_parts(cache: Tensor, latent_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the tokens (..., bytes) of an FP8 cache: latents (..., R) in e4m3, their scales (..., R / 128) in
+    float32, rope parts (..., Dr) in bfloat16."""
+    scales = latent_rank + latent_rank // BLOCK * 4
+    return (
+        cache[..., :latent_rank].view(torch.float8_e4m3fn),
+        cache[..., latent_rank:scales].view(torch.float32),
+        cache[..., scales:].view(torch.bfloat16),
+    )
+
+
+def _to_fp8(rows_BD: Tensor, size: int) -> Tensor:
+    """Rows as an FP8 cache holds them: (B, size) bytes."""
+    R = fp8_latent_rank(rows_BD.shape[1], size)
+    tokens = rows_BD.new_empty(len(rows_BD), size, dtype=torch.uint8)
+    latents, scales, ropes = fp8_parts(tokens, R)
+    for part, values in zip((latents, scales), quantize_1x128(rows_BD[:, :R], False)):
+        part.copy_(values)
+    ropes.copy_(rows_BD[:, R:].float())
+    return tokens
+
+
+def _from_fp8(tokens: Tensor, latent_rank: int, dtype: torch.dtype) -> Tensor:
+    """(..., R + Dr) in dtype: latents times their scales, rounded once."""
+    latents, scales, ropes = fp8_parts(tokens, latent_rank)
+    latents = dequantize(latents.flatten(0, -2), scales.flatten(0, -2), 1, BLOCK, dtype).view(latents.shape)
+    return torch.cat([latents, ropes.to(dtype)], -1)
+
+
 def mla_decode(
     q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
 ) -> Tensor:
-    dtype = wide(q_BND)
-    kv_BLD, unused_BL = _pages(kv_cache, block_table_BM, seq_lens_B, dtype)
+    dtype, fp8 = wide(q_BND), kv_cache.dtype == torch.uint8
+    kv_BLD, unused_BL = _pages(kv_cache, block_table_BM, seq_lens_B, torch.uint8 if fp8 else dtype)
+    if fp8:  # bytes of 0 are numbers of 0
+        kv_BLD = _from_fp8(kv_BLD, latent_rank, q_BND.dtype).to(dtype)
     if exact.is_exact():
         kv_BLMD = kv_BLD[:, :, None]
         return _exact_decode(q_BND, kv_BLMD, kv_BLMD[..., :latent_rank], seq_lens_B, scale)
@@ -336,4 +373,6 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     checked_positions(positions, block_table_BM, block_size)
     page = positions.div(block_size, rounding_mode="floor")
     slot = block_table_BM.gather(1, page[:, None]).squeeze(1).long() * block_size + positions % block_size
+    if kv_cache.dtype == torch.uint8:
+        rows = _to_fp8(rows, kv_cache.shape[2])
     kv_cache.view(-1, *kv_cache.shape[2:]).index_copy_(0, slot, rows.to(kv_cache.dtype))

@@ -1,16 +1,15 @@
-"""The mla family in Triton, for Hopper: training attention without padded values, and decoding in splits of fixed size.
+"""The mla family in Triton, for Hopper: training attention without padded values; decoding is triton_paged.py's.
 
 Scores are in base 2 and float32, the softmax is made as the keys go by, and only the log-sum-exp is kept for the
 backward, which makes the scores again: workspace grows with the length, not its square. No atomics: dq belongs to a
 program over queries, dk and dv to one over keys. docs/kernels/mla.md counts the work.
 
 float64, scales that are not positive, and widths beyond WIDEST are computed by the torch backend. Letters are those of
-reference.py; BLOCK_M tiles queries, BLOCK_N keys, BLOCK_H the heads of one decoded query.
+reference.py; BLOCK_M tiles queries, BLOCK_N keys.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,16 @@ from r1.kernels.bulk_copy import descriptor
 from r1.kernels.exact import is_exact
 from r1.kernels.mla import reference
 from r1.kernels.mla import triton_attention as attention
-from r1.kernels.mla import triton_decode as decode
-from r1.kernels.mla import triton_exact as exact
+from r1.kernels.mla.triton_paged import (
+    LOG2_E,
+    append_kv,
+    either,
+    exact_attention,
+    gqa_decode,
+    mla_decode,
+    padded,
+    precision,
+)
 
 # By bytes an element. Constants: were they chosen by the batch, a row's bits would depend on it.
 FORWARD = {
@@ -37,20 +44,8 @@ GRAD_KEY = {
     2: {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
 }
-SPLIT = 2048  # cached tokens that one program walks over, in whole pages
-LATENT = {
-    2: {"BLOCK_H": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
-    4: {"BLOCK_H": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-}
-GROUPED = {
-    2: {"BLOCK_H": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    4: {"BLOCK_H": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-}
-# Head, tail and value. A float32 product is three of TF32, whose operands' halves take registers; one latent is as much
-# to a decoded query as four heads are to attention.
+# Head, tail (half of it) and value. A float32 product is three of TF32, whose operands' halves take registers.
 WIDEST = {2: 128, 4: 32}
-WIDEST_DECODED = {2: 512, 4: 128}
-LOG2_E = 1.4426950408889634
 
 
 class _Widths(NamedTuple):
@@ -73,13 +68,8 @@ def _widths(k_SMD: Tensor, v_SMD: Tensor, k_rope_SD: Tensor | None, scale: float
     return widths if fits and scale > 0 else None
 
 
-def _padded(width: int) -> int:
-    """The power of two that a tile of it has; a product wants 16."""
-    return max(triton.next_power_of_2(width), 16) if width else 0
-
-
 def _tiles(x_TND: Tensor, block: int) -> Any:
-    return descriptor(x_TND.transpose(0, 1), [1, block, _padded(x_TND.shape[2])])
+    return descriptor(x_TND.transpose(0, 1), [1, block, padded(x_TND.shape[2])])
 
 
 def _plan(bounds: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor, int]:
@@ -133,8 +123,8 @@ class _Call(NamedTuple):
 
     def options(self, tile: dict[str, Any]) -> dict[str, Any]:
         return dict(
-            INDEXED=self.queries.order is not None, SHARED=self.widths.shared, PRECISION=_precision(self.parts[0]),
-            HEAD=_padded(self.widths.head), TAIL=_padded(self.widths.tail), VALUE=_padded(self.widths.value), **tile,
+            INDEXED=self.queries.order is not None, SHARED=self.widths.shared, PRECISION=precision(self.parts[0]),
+            HEAD=padded(self.widths.head), TAIL=padded(self.widths.tail), VALUE=padded(self.widths.value), **tile,
         )  # fmt: skip
 
 
@@ -159,10 +149,6 @@ def _call(
     return _Call(widths, queries, (q[..., : widths.head], q_tail, k, k_tail, v_SMD), cu_seqlens)
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.element_size() == 2 else "tf32x3"
-
-
 def mla_attention(
     q_TND: Tensor,
     k_SMD: Tensor,
@@ -175,7 +161,7 @@ def mla_attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     if is_exact():
-        return _exact_attention(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale)
+        return exact_attention(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale)
     widths = _widths(k_SMD, v_SMD, k_rope_SD, scale)
     if widths is None:
         return reference.mla_attention(
@@ -189,49 +175,10 @@ def mla_attention(
         tile = FORWARD[q_TND.element_size()]
         row, sequence, tiles = _plan(call.queries.bounds, T, tile["BLOCK_M"])
         attention.forward_kernel[(tiles * N,)](
-            *call.tiles(tile), out, lse, _or(call.queries.position, row), call.queries.bounds, call.bounds, row,
+            *call.tiles(tile), out, lse, either(call.queries.position, row), call.queries.bounds, call.bounds, row,
             sequence, tiles, N, N // M, widths.value, scale * LOG2_E, **call.options(tile),
         )  # fmt: skip
     return call.queries.give(out), call.queries.give(lse)
-
-
-def _exact_attention(
-    q_TND: Tensor,
-    k_SMD: Tensor,
-    v_SMD: Tensor,
-    k_rope_SD: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    query_index_T: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Every query decoded for itself. Values that are the first columns of the keys are latents, as mla_decode's."""
-    (T, N, D), (S, M, value) = q_TND.shape, v_SMD.shape
-    latent = M == 1 and k_rope_SD is None and v_SMD.data_ptr() == k_SMD.data_ptr() and v_SMD.stride() == k_SMD.stride()
-    if not _decodes(scale, value if latent else max(D, value), q_TND, k_SMD):
-        return reference.mla_attention(
-            q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale, True
-        )
-    if cu_seqlens.device.type == "cpu":
-        reference.checked_bounds(cu_seqlens, S)
-    k = k_SMD if k_rope_SD is None else torch.cat([k_SMD, k_rope_SD[:, None].expand(-1, M, -1)], -1)
-    index = torch.arange(S, device=q_TND.device) if query_index_T is None else query_index_T
-    paged = exact.paged(cu_seqlens, S, max_seqlen, index)
-    k_pages = paged.cache(k)
-    v_pages = k_pages if latent else paged.cache(v_SMD)
-    head, tiles = (value, LATENT) if latent else (D, GROUPED)
-    out, lse = q_TND.new_empty(T, N, value), q_TND.new_empty(T, N, dtype=torch.float32)
-    splits = triton.cdiv(max_seqlen, SPLIT)
-    step = max(exact.WORKSPACE // max(N * splits * value, 1), 1)
-    for begin in range(0, T, step):
-        part = slice(begin, begin + step)
-        table, lens = paged.table_TM[part], paged.lens_T[part]
-        _decode(q_TND[part], k_pages, v_pages, table, lens, scale, head, tiles, out[part], lse[part])
-    return out, lse
-
-
-def _or(x: Tensor | None, unused: Tensor) -> Tensor:
-    return unused if x is None else x
 
 
 def mla_attention_backward(
@@ -266,14 +213,14 @@ def mla_attention_backward(
     log2_lse, offset = torch.empty(2, N, T, dtype=torch.float32, device=q_TND.device).unbind()
     attention.prepare_kernel[(triton.cdiv(T, 32) * N,)](
         out.contiguous(), grad, grad.stride(0), grad.stride(1), lse.contiguous(), log2_lse, offset, T, N, widths.value,
-        ROWS=32, VALUE=_padded(widths.value),
+        ROWS=32, VALUE=padded(widths.value),
     )  # fmt: skip
 
     tile = GRAD_QUERY[q_TND.element_size()]
     row, sequence, tiles = _plan(queries.bounds, T, tile["BLOCK_M"])
     dq = queries.room(q_TND, T, N, D)
     attention.grad_query_kernel[(tiles * N,)](
-        *call.tiles(tile), _tiles(grad, tile["BLOCK_M"]), log2_lse, offset, dq, _or(queries.position, row),
+        *call.tiles(tile), _tiles(grad, tile["BLOCK_M"]), log2_lse, offset, dq, either(queries.position, row),
         queries.bounds, call.bounds, row, sequence, tiles, T, N, N // M, widths.head, widths.tail, scale,
         scale * LOG2_E, **call.options(tile),
     )  # fmt: skip
@@ -292,8 +239,8 @@ def mla_attention_backward(
         dk_tail = dk[..., widths.head :] if widths.tail else dk
     attention.grad_key_kernel[(tiles * M,)](
         *call.tiles(tile), _tiles(grad, tile["BLOCK_M"]), log2_lse, offset, dk, dk.stride(0), dk.stride(1), dk_tail,
-        dk_tail.stride(0), dk_tail.stride(1), dv, _or(queries.position, row), first, clear, queries.bounds, call.bounds,
-        row, sequence, tiles, T, M, N // M, widths.head, widths.tail, widths.value, scale, scale * LOG2_E,
+        dk_tail.stride(0), dk_tail.stride(1), dv, either(queries.position, row), first, clear, queries.bounds,
+        call.bounds, row, sequence, tiles, T, M, N // M, widths.head, widths.tail, widths.value, scale, scale * LOG2_E,
         **call.options(tile),
     )  # fmt: skip
     if k_rope_SD is None:
@@ -303,100 +250,9 @@ def mla_attention_backward(
     else:
         dk_rope = k_rope_SD.new_empty(S, widths.tail)
         attention.sum_heads_kernel[(triton.cdiv(S, 16),)](
-            dk_tail, dk_rope, S, M, widths.tail, ROWS=16, WIDTH=_padded(widths.tail)
+            dk_tail, dk_rope, S, M, widths.tail, ROWS=16, WIDTH=padded(widths.tail)
         )
     return queries.give(dq), dk, dv, dk_rope
 
 
-def _decodes(scale: float, width: int, *tensors: Tensor) -> bool:
-    most = WIDEST_DECODED.get(max(x.element_size() for x in tensors), 0)
-    fits = scale > 0 and width <= most
-    if not fits and is_exact() and tensors[0].is_cuda:
-        raise ValueError(
-            f"exact numerics on a GPU decodes a scale > 0 and at most {most} columns of {tensors[0].dtype}, and not"
-            f" scale {scale} and {width} columns"
-        )
-    return fits
-
-
-def mla_decode(
-    q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
-) -> Tensor:
-    if not _decodes(scale, latent_rank, q_BND, kv_cache):
-        return reference.mla_decode(q_BND, kv_cache, block_table_BM, seq_lens_B, scale, latent_rank)
-    if is_exact():
-        kv_cache, block_table_BM = exact.in_pages(kv_cache, block_table_BM)
-    cache = kv_cache.unsqueeze(2)
-    return _decode(q_BND, cache, cache, block_table_BM, seq_lens_B, scale, latent_rank, LATENT)
-
-
-def gqa_decode(
-    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float
-) -> Tensor:
-    if not _decodes(scale, max(q_BND.shape[2], v_cache.shape[3]), q_BND, k_cache, v_cache):
-        return reference.gqa_decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale)
-    if is_exact():
-        v_cache, _ = exact.in_pages(v_cache, block_table_BM)
-        k_cache, block_table_BM = exact.in_pages(k_cache, block_table_BM)
-    return _decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale, q_BND.shape[2], GROUPED)
-
-
-def _decode(
-    q_BND: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scale: float, head: int, tiles: dict[int, Any],
-    out: Tensor | None = None, lse_BN: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Both kinds. A head is `head` wide, and what q has beyond that is the tail; latents are k and v at once. Into
-    `out`, and the log-sum-exp of the scaled scores into lse_BN, where these are given."""
-    latent = tiles is LATENT
-    (B, N, D), page_size, M = q_BND.shape, k.shape[1], k.shape[2]
-    value, room = head if latent else v.shape[3], table.shape[1] * page_size
-    if lens.device.type == "cpu":
-        reference.checked_lengths(lens, table, page_size)
-    out = q_BND.new_empty(B, N, value) if out is None else out
-    if not out.numel():
-        return out
-    if not room or not k.numel():
-        if lse_BN is not None:
-            lse_BN.fill_(-torch.inf)
-        return out.zero_()
-    if not q_BND.dtype == k.dtype == v.dtype:
-        q_BND = q_BND.float()
-    q = q_BND if q_BND.stride(2) == 1 else q_BND.contiguous()
-    table, lens = table if table.stride(1) == 1 else table.contiguous(), lens.contiguous()
-    tile = dict(tiles[q.element_size()])
-    # Blocks stay within a page.
-    tile["BLOCK_N"] = block = min(tile["BLOCK_N"], max(page_size & -page_size, 16))
-    split_pages = max(SPLIT // page_size, 1)
-    splits = triton.cdiv(table.shape[1], split_pages)
-    part = torch.empty(B, N, splits, value, dtype=torch.float32, device=q.device) if splits > 1 else out
-    log2_sum = torch.empty(B, N, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
-    pages = lambda x: descriptor(x.permute(2, 0, 1, 3), [1, 1, block, _padded(x.shape[3])])
-    k_head, k_tail = k[..., :head], k[..., head:] if D > head else k[..., :head]
-    decode.decode_kernel[(B * splits * M * triton.cdiv(N // M, tile["BLOCK_H"]),)](
-        q, q.stride(0), q.stride(1), pages(k_head), pages(k_tail), pages(k_head if latent else v), table,
-        table.stride(0), lens, out, _or(lse_BN, out), part, log2_sum, splits, split_pages, room, N, N // M, head,
-        D - head, value, scale * LOG2_E, LATENT=latent, LSE=lse_BN is not None, PAGE=page_size,
-        PRECISION=_precision(q), HEAD=_padded(head), TAIL=_padded(D - head), VALUE=_padded(value), **tile,
-    )  # fmt: skip
-    if splits > 1:
-        decode.combine_kernel[(B * N,)](
-            part, log2_sum, lens, out, _or(lse_BN, out), splits, split_pages * page_size, room, N, value,
-            LSE=lse_BN is not None, VALUE=_padded(value),
-        )  # fmt: skip
-    return out
-
-
-def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_B: Tensor) -> None:
-    if positions_B.device.type == "cpu":
-        reference.checked_positions(positions_B, block_table_BM, kv_cache.shape[1])
-    B, width = len(rows), math.prod(kv_cache.shape[2:])
-    if not B or not width:
-        return
-    rows = rows.reshape(B, width)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    table = block_table_BM if block_table_BM.stride(1) == 1 else block_table_BM.contiguous()
-    block = min(triton.next_power_of_2(width), 1024)
-    decode.append_kernel[(B, triton.cdiv(width, block))](
-        kv_cache, rows, rows.stride(0), table, table.stride(0), positions_B.contiguous(), table.shape[1],
-        kv_cache.shape[1], width, BLOCK=block,
-    )  # fmt: skip
+__all__ = ["append_kv", "gqa_decode", "mla_attention", "mla_attention_backward", "mla_decode"]

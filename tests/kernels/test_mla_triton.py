@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from r1.bench._ahead_of_time import compiled
 from r1.kernels import append_kv, gqa_decode, mla_attention, mla_decode, numerics
-from r1.kernels.mla import reference
+from r1.kernels.mla import reference, triton_exact, triton_paged
 from r1.kernels.mla import triton as mla
 from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
 from tests.kernels.helpers import assert_fits, check_operator, leaf, ragged
@@ -283,7 +283,7 @@ def test_mla_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if device == "cpu":
-        monkeypatch.setattr(mla, "SPLIT", 64)
+        monkeypatch.setattr(triton_paged, "SPLIT", 64)
     cache, table, rows = paged(device, lengths, page, dtype, R + rope)
     q, lens = torch.randn(len(lengths), N, R + rope).to(dtype).to(device), torch.tensor(lengths).int().to(device)
     out = mla_decode(q, cache, table, lens, 0.1, R)
@@ -307,7 +307,7 @@ def test_mla_decode(
 def test_gqa_decode(
     device: str, N: int, M: int, D: int, value: int, page: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mla, "SPLIT", 128)
+    monkeypatch.setattr(triton_paged, "SPLIT", 128)
     lengths = [9, 0, 64, 150, 129]
     cache, table, rows = paged(device, lengths, page, dtype, M, D + value)
     k_cache, v_cache = cache.split([D, value], -1)
@@ -337,8 +337,8 @@ def test_exact_numerics_trains_as_it_decodes(
 ) -> None:  # fmt: skip
     """Every row of the pack, whichever others are computed beside it, has the bits of decoding it over a cache."""
     if device == "cpu":
-        monkeypatch.setattr(mla, "SPLIT", 64)
-    elif dtype == F32 and value > mla.WIDEST_DECODED[4]:
+        monkeypatch.setattr(triton_paged, "SPLIT", 64)
+    elif dtype == F32 and value > triton_paged.WIDEST_DECODED[4]:
         pytest.skip("as wide as that only in 16 bits")
     problem = Problem(device, lengths, N, M, D, 0, value, dtype)
     if latent:
@@ -354,7 +354,7 @@ def test_exact_numerics_trains_as_it_decodes(
 
     with numerics("exact"):
         out, lse = attend(q, None)
-        monkeypatch.setattr(mla.exact, "WORKSPACE", 1)
+        monkeypatch.setattr(triton_exact, "WORKSPACE", 1)
         few, few_lse = attend(q[some.clamp(0, S - 1)], some)
     assert torch.equal(few[:-2], out[some[:-2]]) and torch.equal(few_lse[:-2], lse[some[:-2]])
     assert few[-2:].eq(0).all() and few_lse[-2:].eq(-torch.inf).all()
@@ -459,9 +459,10 @@ def test_bad_input_on_a_cpu(device: str) -> None:
 def test_compiles_for_hopper_without_spills() -> None:
     binaries, _ = compiled("mla")
     streaming = {"forward_kernel", "grad_query_kernel", "grad_key_kernel"}
-    assert len({b.name for b in binaries}) == 9 and streaming <= {b.name for b in binaries}
+    assert len({b.name for b in binaries}) == 11 and streaming <= {b.name for b in binaries}
     for binary in binaries:
         # A decoded query has few heads a key in grouped attention: it reads, and multiplies 16 rows at a time.
-        matrix = binary.name in streaming or (binary.name == "decode_kernel" and binary.constants["BLOCK_H"] >= 64)
+        latents = binary.name in ("decode_kernel", "decode_fp8_kernel") and binary.constants["BLOCK_H"] >= 64
+        matrix = binary.name in streaming or latents
         assert_fits(binary, uses_matrix_units=matrix)
         assert binary.name not in streaming or binary.bulk_copies, f"{binary.name} loads its tiles without bulk copies"
