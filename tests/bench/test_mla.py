@@ -28,7 +28,7 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     for record in records:
         assert "failed" not in record, record
         assert record["seconds_forward"] > 0 and record["tflops_forward"] > 0
-        room = 3e-2 if "FP8" in record["name"] else 1e-5  # e4m3 has four bits
+        room = 4e-2 if "FP8" in record["name"] else 1e-5  # e4m3 has four bits
         assert record["relative_errors"] and all(e < room for e in record["relative_errors"].values()), record
         assert record["task"] == "decode" or record["seconds_forward_backward"] > 0
     assert "training: r1 torch" in capsys.readouterr().out
