@@ -93,6 +93,7 @@ class Engine:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             clip_grad=settings.clip_grad,
+            moments=settings.moments,
         )
         try:
             parallel.check_model(self.model_config)

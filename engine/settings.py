@@ -49,6 +49,9 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="largest global gradient norm")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type that AdamW's moments are kept in; bfloat16 takes 4 bytes a parameter less"
+    )
     warmup_steps: CountOrNone = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
 

@@ -1,5 +1,6 @@
 """Megatron-core assumes CUDA in places that have no switch. On a CPU this file answers for CUDA; on a GPU it only
-repairs what megatron-core 0.16 needs without TransformerEngine. Nothing else in r1 knows about either."""
+repairs what megatron-core 0.16 needs without TransformerEngine, and puts our optimiser in place. Nothing else in r1
+knows about either."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-from r1.kernels import adamw_step
+from r1.parallel.optimizer import AdamW, l2_norm
 
 _installed = False
 
@@ -46,45 +47,6 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW on r1's kernel, with the step count in the parameter group, where Megatron's distributed optimiser
-    expects it: torch's own shares one step tensor between parameters there and resumes with a wrong bias correction."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **ignored: Any,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
-            group["step"] += 1
-            if not parameters:
-                continue
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            adamw_step(
-                [p.data for p in parameters],
-                [p.grad for p in parameters],
-                [self.state[p]["exp_avg"] for p in parameters],
-                [self.state[p]["exp_avg_sq"] for p in parameters],
-                int(group["step"]),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
-
-
 def install() -> None:
     """Make megatron-core usable here; safe to call more than once."""
     global _installed
@@ -98,12 +60,11 @@ def install() -> None:
     if not _has_transformer_engine():
         # Selective recompute passes fp8 = False by default, takes all but None for FP8, and asks TransformerEngine.
         megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        megatron_optimizer.Adam = AdamW
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.Adam = AdamW
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_TE_OPTIMIZER = True
+    # Our AdamW and norm stand where TransformerEngine's or Apex's would, whether or not either is installed.
+    megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    clip_grads.l2_norm_impl = l2_norm
     if not torch.cuda.is_available():
         _answer_for_cuda()
 

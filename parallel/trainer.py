@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from r1.parallel.config import ModelConfig, ParallelConfig, Section
 from r1.parallel.fp8 import forget_quantized
 from r1.parallel.loss import Loss
 from r1.parallel.model import DTYPES, DecoderModel, build, rope_for, stream_multiple
+from r1.parallel.optimizer import ChainedAdamW
 from r1.parallel.packing import MicroBatch, empty_like, pack, pad_to
 from r1.parallel.world import World
 
@@ -32,6 +33,9 @@ class AdamConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type that both moments are kept in; bfloat16 takes 4 bytes a parameter less"
+    )
 
 
 class Trainer:
@@ -80,7 +84,7 @@ class Trainer:
             if len(self.wrapped) == 1:
                 config.no_sync_func = config.no_sync_func[0]
         bf16 = DTYPES[parallel.dtype] is torch.bfloat16
-        self.optimizer = get_megatron_optimizer(
+        chain = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=0.0,
@@ -98,8 +102,7 @@ class Trainer:
             self.wrapped,
             use_gloo_process_groups=torch.cuda.is_available(),
         )
-        for part in self.optimizer.chained_optimizers:
-            part.init_state_fn(part.optimizer, part.config)  # a checkpoint may come before the first step
+        self.optimizer = ChainedAdamW(chain.chained_optimizers, DTYPES[adam.moments])
 
     # ------------------------------------------------------------------------------------------------ one step
 

@@ -35,6 +35,7 @@ def adamw_step(
     torch._foreach_lerp_(m, g, 1 - beta1)
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
+    del g  # scaled, it takes as much memory as the denominator
     if weight_decay:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
     denominator = torch._foreach_sqrt(v)

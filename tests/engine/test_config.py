@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from r1.engine.config import PIPELINE, STAGES, load_config, presets, to_toml
+from r1.engine.engine import Engine
 from r1.engine.errors import UserError
 from r1.engine.settings import OptimizerConfig, StagesConfig
+from r1.parallel.trainer import AdamConfig
 
 
 def refusal(*settings: str, config: str = "tiny") -> str:
@@ -81,6 +83,15 @@ def test_a_stage_inherits_the_optimizer_key_by_key() -> None:
     config = load_config("tiny", ["optimizer.eps=1e-5", "optimizer.lr=0.5", "stages.sft.optimizer.lr=0.25"])
     assert config.stages.sft.optimizer.lr == 0.25 and config.stages.sft.optimizer.eps == 1e-5
     assert config.stages.r1_zero.optimizer.eps == 1e-5
+
+
+def test_the_optimizer_settings_reach_adamw() -> None:
+    settings = ["betas=[0.7,0.8]", "eps=1e-5", "weight_decay=0.2", "clip_grad=0.3", 'moments="bfloat16"']
+    engine = Engine(load_config("tiny", [f"optimizer.{setting}" for setting in settings]))
+    wanted = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-5, "weight_decay": 0.2, "clip_grad": 0.3, "moments": "bfloat16"}
+    assert engine.policy.adam == AdamConfig(**wanted)
+    engine.close()
+    assert "optimizer.moments" in refusal('optimizer.moments="float16"')
 
 
 def test_schedule_changes_settings_from_its_step_on() -> None:

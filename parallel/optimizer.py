@@ -1,0 +1,98 @@
+"""AdamW, the gradient norm and clipping on r1's kernels, behind Megatron's distributed optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor
+
+from r1.kernels import adamw_step, grad_norm
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW on r1's kernel, with the step count in the parameter group, where Megatron's distributed optimiser
+    expects it: torch's own shares one step tensor between parameters there and resumes with a wrong bias correction."""
+
+    moments = torch.float32  # the type that they are kept in
+    grad_scale = 1.0  # what a step takes gradients times
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **ignored: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+
+    def initialize_state(self, p: Tensor) -> None:
+        if not self.state[p]:
+            self.state[p] = {name: torch.zeros_like(p, dtype=self.moments) for name in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            group["step"] += 1
+            if not parameters:
+                continue
+            for p in parameters:
+                self.initialize_state(p)
+            adamw_step(
+                [p.data for p in parameters],
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                int(group["step"]),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                grad_scale=self.grad_scale,
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would make the moments of the parameters' type."""
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(numbers, parameters, strict=True):
+            if state := state_dict["state"].get(number):
+                self.state[p] = {name: value.to(p.device, self.moments) for name, value in state.items()}
+
+
+class ChainedAdamW(ChainedOptimizer):
+    """Megatron's optimisers, of the dense and of the expert parameters, with a step that clips on the way: Megatron's
+    own would read and write all gradients once more, where the kernel takes them times the coefficient."""
+
+    def __init__(self, parts: Sequence[MegatronOptimizer], moments: torch.dtype) -> None:
+        super().__init__(list(parts))
+        for part in parts:
+            part.optimizer.moments = moments
+            for group in part.optimizer.param_groups:
+                for p in group["params"]:
+                    part.optimizer.initialize_state(p)  # a checkpoint may come before the first step
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, None]:
+        """(whether it was taken, the norm of all gradients before clipping, None for Megatron's count of zeros)."""
+        if self.prepare_grads():
+            return False, None, None
+        norm = self.get_grad_norm()
+        clip = self.config.clip_grad
+        for part in self.chained_optimizers:
+            part.optimizer.grad_scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        return self.step_with_ready_grads(), norm, None
+
+
+def l2_norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Of all tensors together, shape (1,), with the signature of Apex's kernel, which Megatron's norm calls; the sum
+    over the processes stays Megatron's."""
+    return grad_norm(lists[0]).reshape(1), None
