@@ -36,7 +36,7 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = {name: torch.zeros_like(p, dtype=self.moments) for name in ("exp_avg", "exp_avg_sq")}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
             group["step"] += 1
