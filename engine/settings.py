@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from r1.parallel.config import ModelConfig, ParallelConfig
+from r1.parallel.config import ModelConfig, ParallelConfig, check_moments
 
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
@@ -59,6 +59,7 @@ class OptimizerConfig(Section):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)}, wanted two numbers in 0 <= beta < 1")
+        check_moments(self.moments, self.betas)
         if self.schedule != "constant" and self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} must not exceed lr = {self.lr}")
         return self

@@ -1,4 +1,5 @@
-"""Exact numerics in plain torch: a row's result has the same bits whatever the other rows are, and however many.
+"""Exact numerics: a row's result has the same bits whatever the other rows are, and however many. What there is to it
+in Triton is mla/triton_exact.py; this is for plain torch.
 
 A matrix product on a CPU takes other instructions, in another order, for another number of rows, and an elementwise
 function others for the last few numbers of a tensor. Here every product is one of matrices of a fixed size, and the
@@ -23,7 +24,7 @@ _exact = False
 
 @contextlib.contextmanager
 def numerics(kind: str) -> Iterator[None]:
-    """Within it operators of the torch backend compute as `kind` says: "fast", the default, or "exact".
+    """Within it operators of the torch and Triton backends compute as `kind` says: "fast", the default, or "exact".
 
     Under "exact" forward results depend on nothing but their own row, so that rollout and training, which see other
     batches, give the same bits. Gradients are right, and promise no more than under "fast". Raises ValueError for

@@ -16,6 +16,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
+def check_moments(moments: str, betas: tuple[float, float]) -> None:
+    """ValueError where moments in bfloat16 would stand still: one that shrinks by less than half a last place of its
+    eight bits is rounded back to what it was."""
+    most = 1 - 2**-8
+    if moments == "bfloat16" and max(betas) > most:
+        raise ValueError(
+            f"moments = bfloat16 with betas {list(betas)} would never shrink, wanted both at most {most:.4g},"
+            " or moments = float32"
+        )
+
+
 class YarnConfig(Section):
     """YaRN context extension (arXiv 2309.00071), as DeepSeek-V3 uses it."""
 

@@ -53,6 +53,8 @@ from r1.parallel.packing import PackedSequence
 from r1.parallel.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Triton's own interpreter multiplies with numpy, whose sums follow the matrix's shape.
+EXACT_BACKENDS = {"cpu": "torch", "cuda": "triton"}
 
 
 @dataclass
@@ -295,11 +297,12 @@ def build(
     if value_head:
         model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     parallel.check_model(model)
-    if parallel.numerics == "exact" and world.device.type != "cpu":
+    if parallel.numerics == "exact":
+        wanted = EXACT_BACKENDS[world.device.type]
         for family in ("norm", "moe", "mla", "grpo"):
-            if (found := backend(family, world.device)) != "triton":
+            if (found := backend(family, world.device)) != wanted:
                 raise ValueError(
-                    f"the {family} family's backend is {found!r}, wanted R1_KERNELS=triton with parallel.numerics ="
+                    f"the {family} family's backend is {found!r}, wanted R1_KERNELS={wanted} with parallel.numerics ="
                     f" exact on {world.device}"
                 )
     config = decoder_config(model, parallel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from r1.kernels import numerics
-from r1.parallel.config import ModelConfig, ParallelConfig, Section
+from r1.parallel.config import ModelConfig, ParallelConfig, Section, check_moments
 from r1.parallel.fp8 import forget_quantized
 from r1.parallel.loss import Loss
 from r1.parallel.model import DTYPES, DecoderModel, build, rope_for, stream_multiple
@@ -36,6 +36,11 @@ class AdamConfig(Section):
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="type that both moments are kept in; bfloat16 takes 4 bytes a parameter less"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_moments(self.moments, (self.beta1, self.beta2))
+        return self
 
 
 class Trainer:

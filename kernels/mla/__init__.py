@@ -177,7 +177,8 @@ def mla_decode(
     q is (B, N, R + Dr), the query already taken through the key's up projection, with its rotated part after it.
     kv_cache is (blocks, block size, R + Dr), shared by the heads; R = latent_rank. block_table_BM lists each sequence's
     blocks, seq_lens_B counts its cached tokens, the newest included. What stands beyond them is not read; a length of 0
-    gives 0. No gradient. Raises ValueError for wrong shapes or types.
+    gives 0. No gradient. Raises ValueError for wrong shapes or types, and where the Triton backend decodes with exact
+    numerics for a block size that is no multiple of 64.
 
     A contiguous uint8 cache (blocks, block size, fp8_latent_bytes(R, Dr)) is one of FP8 latents. Key and value are then
     the float8 number times its float32 scale, a product in float32 rounded to q's type (float64 for a float64 q), and

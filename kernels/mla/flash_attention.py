@@ -16,16 +16,19 @@ from r1.kernels.mla.triton import append_kv, gqa_decode, mla_decode
 WIDEST = 256
 
 
-def _takes(q_TND: Tensor, v_SMD: Tensor, k_rope_SD: Tensor | None, query_index_T: Tensor | None) -> bool:
+def _takes(
+    q_TND: Tensor, v_SMD: Tensor, k_rope_SD: Tensor | None, max_seqlen: int, query_index_T: Tensor | None
+) -> bool:
     D = q_TND.shape[2]
-    plain = k_rope_SD is None and query_index_T is None and not is_exact() and q_TND.numel() > 0
+    # For sequences of one token flash-attn has a layout of its own, which wants one in each.
+    plain = k_rope_SD is None and query_index_T is None and not is_exact() and q_TND.numel() > 0 and max_seqlen > 1
     return plain and q_TND.element_size() == 2 and D == v_SMD.shape[2] and D % 8 == 0 and D <= WIDEST
 
 
 def _operators() -> tuple:
     import flash_attn  # noqa: F401 (registers them)
 
-    return torch.ops.flashattn._flash_attn_varlen_forward, torch.ops.flashattn._flash_attn_varlen_backward
+    return torch.ops.flash_attn._flash_attn_varlen_forward, torch.ops.flash_attn._flash_attn_varlen_backward
 
 
 def mla_attention(
@@ -39,7 +42,7 @@ def mla_attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not _takes(q_TND, v_SMD, k_rope_SD, query_index_T):
+    if not _takes(q_TND, v_SMD, k_rope_SD, max_seqlen, query_index_T):
         return triton.mla_attention(
             q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale, deterministic
         )
@@ -64,7 +67,7 @@ def mla_attention_backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _takes(q_TND, v_SMD, k_rope_SD, query_index_T):
+    if not _takes(q_TND, v_SMD, k_rope_SD, max_seqlen, query_index_T):
         return triton.mla_attention_backward(
             grad_TND, q_TND, k_SMD, v_SMD, k_rope_SD, out_TND, lse_TN, cu_seqlens, max_seqlen, query_index_T, scale,
             deterministic,

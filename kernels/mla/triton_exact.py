@@ -43,9 +43,9 @@ def paged(cu_seqlens: Tensor, S: int, max_seqlen: int, index_T: Tensor) -> Paged
     key_page, key_place = place(torch.arange(S, device=bounds.device))
     page, own_place = place(index_T.long())
     lens = torch.where((index_T >= 0) & (index_T < S), own_place + 1, 0)
-    table = page[:, None] + torch.arange(-(-max_seqlen // PAGE), device=bounds.device)
+    table = page.int()[:, None] + torch.arange(-(-max_seqlen // PAGE), dtype=torch.int32, device=bounds.device)
     room = (S + min(sequences, S) * (PAGE - 1)) // PAGE
-    return Paged(key_page * PAGE + key_place, room, table.int(), lens.int())
+    return Paged(key_page * PAGE + key_place, room, table, lens.int())
 
 
 def in_pages(cache: Tensor, block_table_BM: Tensor) -> tuple[Tensor, Tensor]:

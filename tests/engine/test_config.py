@@ -92,6 +92,8 @@ def test_the_optimizer_settings_reach_adamw() -> None:
     assert engine.policy.adam == AdamConfig(**wanted)
     engine.close()
     assert "optimizer.moments" in refusal('optimizer.moments="float16"')
+    assert "wanted both at most 0.9961" in refusal('optimizer={moments="bfloat16", betas=[0.9, 0.999]}')
+    load_config("tiny", ['optimizer={moments="bfloat16", betas=[0.9, 0.995]}'])
 
 
 def test_schedule_changes_settings_from_its_step_on() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from r1.parallel.config import ParallelConfig
 from r1.parallel.loss import PolicyLoss, TokenLogprobs
-from r1.parallel.model import build
+from r1.parallel.model import EXACT_BACKENDS, build
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import Trainer
 from r1.parallel.world import join
@@ -142,26 +142,27 @@ def test_what_it_does_not_go_with(layout: dict[str, Any], match: str) -> None:
 
 
 TRITON = "norm=triton,moe=triton,mla=triton,grpo=triton"
-SHORT: Story = (
-    [[random.randrange(VOCABULARY) for _ in range(n)] for n in (2, 62)],
-    {
-        (p, c): [random.randrange(VOCABULARY) for _ in range(test_decode.NEW)]
-        for p in range(2)
-        for c in range(test_decode.COPIES)
-    },
-)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "dtype"), [("llama", "float32"), ("deepseek", "bfloat16")])
 def test_decoding_is_reading_in_triton(model: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted: the order of the sums is the kernels' own. The longer sequence goes over a page's end."""
+    """Interpreted: the order of the sums is the kernels' own, and of a product's as on a GPU, whatever its rows are
+    (tests/kernels/interpreter.py). The longer sequence goes over a page's end."""
     pytest.importorskip("triton")
     from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
 
+    print(f"seed {test_decode.SEED}")
+    draw = random.Random(test_decode.SEED)
+    tokens = lambda count: [draw.randrange(VOCABULARY) for _ in range(count)]
+    short = (
+        [tokens(2), tokens(62)],
+        {(p, c): tokens(test_decode.NEW) for p in (0, 1) for c in range(test_decode.COPIES)},
+    )
     monkeypatch.setenv("R1_KERNELS", TRITON)
+    monkeypatch.setitem(EXACT_BACKENDS, "cpu", "triton")
     layout = {"numerics": "exact", "dtype": dtype}
-    decoded, read = test_decode.decode_and_read(model, layout, SHORT)
+    decoded, read = test_decode.decode_and_read(model, layout, short)
     assert decoded == {row: values[: len(decoded[row])] for row, values in read.items()}
 
 
@@ -175,9 +176,12 @@ def test_decoding_is_reading_on_a_gpu(model: str, dtype: str, story: Story, monk
     assert decoded == {row: values[: len(decoded[row])] for row, values in read.items()}
 
 
-def test_the_torch_backend_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("R1_KERNELS", "norm=triton")
-    parallel = ParallelConfig(numerics="exact")
-    world = replace(join(ParallelConfig()), device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="the moe family's backend is 'torch', wanted R1_KERNELS=triton with"):
-        build(MODELS["deepseek"], parallel, world, seed=3)
+def test_backends_that_are_not_exact_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel, world = ParallelConfig(numerics="exact"), join(ParallelConfig())
+    for device, kernels, message in (
+        ("cuda", "norm=triton", "the moe family's backend is 'torch', wanted R1_KERNELS=triton with"),
+        ("cpu", "moe=triton", "the moe family's backend is 'triton', wanted R1_KERNELS=torch with"),
+    ):
+        monkeypatch.setenv("R1_KERNELS", kernels)
+        with pytest.raises(ValueError, match=message):
+            build(MODELS["deepseek"], parallel, replace(world, device=torch.device(device)), seed=3)
