@@ -80,6 +80,8 @@ def _generate(options: argparse.Namespace) -> None:
         options.prompt,
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
@@ -128,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("prompt", metavar="PROMPT")
     command.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
     command.add_argument("--top-p", type=float, default=0.95)
+    command.add_argument("--top-k", type=int, default=None, help="default: no limit")
+    command.add_argument("--min-p", type=float, default=0.0, help="least probability beside the likeliest token's")
     command.add_argument("--max-tokens", type=int, default=None, help="default: what the model has room for")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_generate)

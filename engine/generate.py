@@ -8,7 +8,15 @@ from r1.engine.errors import UserError
 
 
 def generate_text(
-    checkpoint: str | Path, prompt: str, *, temperature: float, top_p: float, max_tokens: int | None, seed: int
+    checkpoint: str | Path,
+    prompt: str,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    min_p: float,
+    max_tokens: int | None,
+    seed: int,
 ) -> str:
     """One completion of `prompt`, put into the template that the model was trained with.
 
@@ -36,7 +44,7 @@ def generate_text(
     engine.load(folder)
     stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     try:
-        sampling = SamplingParameters(min(max_tokens or room, room), temperature, top_p, stops)
+        sampling = SamplingParameters(min(max_tokens or room, room), temperature, top_p, stops, top_k, min_p)
     except ValueError as error:
         raise UserError(str(error)) from None
     completion = engine.generate([tokens], sampling, seed=seed)[0][0]

@@ -17,12 +17,18 @@ from r1.parallel.trainer import Trainer
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How completions are drawn. Lengths are in tokens; temperature 0 is greedy."""
+    """How completions are drawn. Lengths are in tokens; temperature 0 is greedy.
+
+    A token is drawn among the top_k likeliest, if that is given, of these among the fewest whose probabilities reach
+    top_p of theirs, and of these among those at least min_p times as likely as the likeliest.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
+    top_k: int | None = None
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -31,6 +37,10 @@ class SamplingParameters:
             raise ValueError(f"temperature = {self.temperature} must not be negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} must be at least 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p = {self.min_p} must be in [0, 1]")
 
 
 @dataclass
@@ -120,7 +130,7 @@ def _wave(
         drawn = None
         if logits_BV is not None:
             uniform = _uniform(streams[rows.cpu().numpy()], step).to(device)
-            new, new_logprobs = draw(logits_BV, uniform, sampling.temperature, sampling.top_p)
+            new, new_logprobs = draw(logits_BV, uniform, sampling)
             if trainer.parallel.numerics == "exact":
                 new_logprobs = decoder.logprobs(new, sampling.temperature or 1.0, vocab_size)
             drawn = torch.stack([new.double(), new_logprobs.double()])
@@ -159,23 +169,28 @@ def _any_alive(alive: Tensor, trainer: Trainer, in_step: bool) -> bool:
     return bool(flag)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingParameters) -> tuple[Tensor, Tensor]:
     """(token ids (B), log-probabilities (B)) by inverting the distribution's cumulative sum at `uniform_B`.
 
-    Top-p keeps the fewest tokens whose probabilities reach top_p. Log-probabilities are before top-p.
+    Of equally likely tokens the lower id counts as the likelier. Log-probabilities are at the temperature, over the
+    whole vocabulary, before anything is cut off.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
-    if temperature == 0:
+    logprobs_BV = torch.log_softmax(logits_BV.float() / (sampling.temperature or 1.0), -1)
+    if sampling.temperature == 0:
         ids = logprobs_BV.argmax(-1)
         return ids, logprobs_BV.gather(1, ids[:, None]).squeeze(1)
-    probabilities = logprobs_BV.double().exp()
-    if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)
-        place = _invert(ordered, uniform_B)
-        ids = order.gather(1, place[:, None]).squeeze(1)
-    else:
-        ids = _invert(probabilities, uniform_B)
+    weights, order = logprobs_BV.double().exp(), None
+    if sampling.top_p < 1 or sampling.top_k is not None:
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k is not None:
+            weights[:, sampling.top_k :] = 0
+        reached = weights.cumsum(-1)
+        weights = weights * (reached - weights < sampling.top_p * reached[:, -1:])
+    if sampling.min_p > 0:
+        weights = weights * (weights >= sampling.min_p * weights.amax(-1, keepdim=True))
+    ids = _invert(weights, uniform_B)
+    if order is not None:
+        ids = order.gather(1, ids[:, None]).squeeze(1)
     return ids, logprobs_BV.gather(1, ids[:, None]).squeeze(1)
 
 
