@@ -13,20 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1.kernels import linear_logprob, numerics
+from r1.kernels import append_kv, linear_logprob, numerics
 from r1.kernels.exact import PAGE
 from r1.parallel.attention import DecodeStep
 from r1.parallel.packing import MicroBatch, PackedSequence, pad_to
+from r1.parallel.paging import SCRATCH, PagedSequences
 from r1.parallel.trainer import Trainer
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
+SMALL_PAGE = 16  # tokens; on a CPU, where pages are gathered whole
 
 
 class Decoder:
-    """A cache of `len(prompts)` sequences of at most `max_length` tokens each, and the steps that fill it.
+    """A paged cache of `len(prompts)` sequences of at most `max_length` tokens each, and the steps that fill it.
 
-    Keys and values lie in one block a sequence; the MLA models keep the latent alone (kv_lora_rank + rope, a token and
-    a layer). `prompts` are lists of token ids; `copies` sequences are made of each, after one prefill.
+    The MLA models keep the latent alone (kv_lora_rank + rope, a token and a layer). `prompts` are lists of token ids;
+    `copies` sequences are made of each, after one prefill, and share the pages that the prompt fills.
     """
 
     def __init__(self, trainer: Trainer, prompts: list[list[int]], copies: int, max_length: int) -> None:
@@ -36,10 +38,16 @@ class Decoder:
         self.chunks = trainer.chunks
         self.max_length = max_length
         self.split = trainer.parallel.tensor if trainer.parallel.sequence else 1
-        self.rows = len(prompts) * copies
-        self.lengths_B = torch.tensor([len(p) for p in prompts for _ in range(copies)], device=self.device)
+        page_size = PAGE if trainer.parallel.numerics == "exact" or self.device.type == "cuda" else SMALL_PAGE
+        self.sequences = PagedSequences([len(p) for p in prompts], copies, max_length, page_size)
+        self.table: Tensor | None = None
+        self.lengths_B = torch.tensor(self.sequences.lengths, device=self.device)
         self.caches: dict[int, tuple[Tensor, ...]] = {}
         self.last_hidden = self._prefill(prompts, copies)
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequences.lengths)
 
     # ------------------------------------------------------------------------------------------------ the steps
 
@@ -79,9 +87,11 @@ class Decoder:
 
     def append(self, tokens_B: Tensor) -> None:
         """Put one token (int64) after every sequence and compute the hidden states that follow."""
-        missing = self._padded(tokens_B.numel()) - tokens_B.numel()
-        if missing + tokens_B.numel() > next(iter(self.caches.values()))[0].shape[0]:
-            self._grow(missing + tokens_B.numel())
+        rows = self._padded(tokens_B.numel())
+        missing = rows - tokens_B.numel()
+        changed = self.sequences.append()
+        if changed or self.table is None or len(self.table) != rows:
+            self.table = self.sequences.table(rows, self.device)
         positions_B = self.lengths_B
         if self.trainer.parallel.expert * self.trainer.parallel.expert_tensor > 1:
             # A finished sequence keeps step with another process's longer ones: its last place is written again.
@@ -90,7 +100,7 @@ class Decoder:
         step = DecodeStep(
             positions_B=positions_B,
             seq_lens_B=(positions_B + 1).int(),
-            block_table_BM=torch.arange(self.rows + missing, device=self.device, dtype=torch.int32)[:, None],
+            block_table_BM=self.table,
             rope=self.trainer.rope_tables(positions_B),
             caches=self.caches,
         )
@@ -101,8 +111,8 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with these sequences only (indices, int64)."""
         self.lengths_B = self.lengths_B[rows]
-        self.rows = rows.numel()
-        self.caches = {layer: tuple(c[rows] for c in cache) for layer, cache in self.caches.items()}
+        self.sequences.keep(rows.tolist())
+        self.table = None
         if self.last_hidden is not None:
             self.last_hidden = self.last_hidden[rows]
 
@@ -113,13 +123,6 @@ class Decoder:
         multiple = self.trainer.parallel.token_multiple
         (common,) = self.trainer.common_lengths([-(-count // multiple) * multiple])
         return common
-
-    def _grow(self, rows: int) -> None:
-        """Room for the padding rows."""
-        self.caches = {
-            layer: tuple(torch.cat([c, c[:1].expand(rows - c.shape[0], *c.shape[1:])]) for c in cache)
-            for layer, cache in self.caches.items()
-        }
 
     def _prefill(self, prompts: list[list[int]], copies: int) -> Tensor | None:
         lengths = torch.tensor([len(p) for p in prompts])
@@ -141,20 +144,25 @@ class Decoder:
         )
         hidden = self._run(batch.tokens_T, packed)
         assert packed.caches is not None
-        owner_B = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)
-        room = self.max_length
-        if self.trainer.parallel.numerics == "exact":
-            room = -(-room // PAGE) * PAGE
-        places = torch.arange(room, device=self.device)
-        # Row b of the cache is the prompt of sequence b; places past its end hold any finite value, never read.
-        source_BL = (cu_seqlens[:-1].long()[owner_B, None] + places).clamp(max=batch.tokens_T.numel() - 1)
+        table_TM = self.sequences.table(self.rows, self.device)[::copies].repeat_interleave(lengths.to(self.device), 0)
         self.caches = {
-            layer: tuple(x.index_select(0, source_BL.flatten()).unflatten(0, source_BL.shape) for x in stream)
+            layer: tuple(self._cache(rows[: tokens_T.numel()], table_TM, positions) for rows in stream)
             for layer, stream in packed.caches.items()
         }
         if hidden is None:
             return None
         return hidden[cu_seqlens[1:].long() - 1].repeat_interleave(copies, 0)
+
+    def _cache(self, rows_T: Tensor, table_TM: Tensor, positions_T: Tensor) -> Tensor:
+        """(pages, page size, ...) with these rows of the prompts in their places."""
+        sequences = self.sequences
+        cache = rows_T.new_empty(len(sequences.pages.holders), sequences.page_size, *rows_T.shape[1:])
+        cache[SCRATCH] = 0
+        append_kv(cache, rows_T, table_TM, positions_T[: len(rows_T)])
+        if sequences.copied:
+            sources, targets = torch.tensor(sequences.copied, device=self.device).unbind(1)
+            cache.index_copy_(0, targets, cache.index_select(0, sources))
+        return cache
 
     def _run(self, tokens_T: Tensor, packed: Any) -> Tensor | None:
         """Every stage in turn, over every chunk; the hidden states (T, H) on the last stage, None elsewhere."""
