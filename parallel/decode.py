@@ -6,7 +6,6 @@ processes keep step even when one of them has nothing left to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from r1.kernels import append_kv, linear_logprob, numerics
 from r1.kernels.exact import PAGE
 from r1.parallel.attention import DecodeStep
 from r1.parallel.packing import MicroBatch, PackedSequence, pad_to
-from r1.parallel.paging import SCRATCH, PagedSequences
+from r1.parallel.paging import PagedSequences
 from r1.parallel.trainer import Trainer
 
-Sampler = Callable[[Tensor, Tensor], Tensor]
 SMALL_PAGE = 16  # tokens; on a CPU, where pages are gathered whole
 
 
@@ -157,7 +155,6 @@ class Decoder:
         """(pages, page size, ...) with these rows of the prompts in their places."""
         sequences = self.sequences
         cache = rows_T.new_empty(len(sequences.pages.holders), sequences.page_size, *rows_T.shape[1:])
-        cache[SCRATCH] = 0
         append_kv(cache, rows_T, table_TM, positions_T[: len(rows_T)])
         if sequences.copied:
             sources, targets = torch.tensor(sequences.copied, device=self.device).unbind(1)

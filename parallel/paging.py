@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SCRATCH = 0  # the page that rows without a sequence write to
+SCRATCH = 0  # the page that rows without a sequence write to, before they read it
 
 
 class Pages:

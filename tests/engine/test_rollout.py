@@ -18,7 +18,7 @@ from transformers import (
 
 from r1.engine.config import load_config
 from r1.engine.engine import Engine
-from r1.engine.rollout import Completion, SamplingParameters, _streams, _uniform, draw
+from r1.engine.rollout import Completion, SamplingParameters, _streams, _uniform, draw, generate
 
 CUTS = [
     {},
@@ -138,6 +138,7 @@ def test_a_completion_does_not_depend_on_its_batch_mates(seed: int) -> None:
     assert {len(group) for group in together} == {3} and len({len(c.tokens) for g in together for c in g}) > 2
     assert engine.generate(prompts[:1], sampling, copies=3, seed=seed)[0] == together[0]
     assert engine.generate(prompts[:2], sampling, copies=2, seed=seed) == [group[:2] for group in together[:2]]
+    assert generate(engine.policy, prompts, sampling, 3, seed, 200, max_sequences=6) == together
     assert engine.generate(prompts, sampling, copies=3, seed=seed + 1) != together
     for completion in (c for group in together for c in group):
         check(completion, sampling)

@@ -114,3 +114,17 @@ def test_what_stands_in_free_pages_is_not_read(seed: int, model: str) -> None:
 
     for clean, poisoned in zip(decode(False), decode(True), strict=True):
         assert poisoned.isfinite().all() and torch.equal(clean, poisoned)
+
+
+@torch.no_grad()
+def test_sequences_in_another_order_keep_their_pages(seed: int) -> None:
+    parallel = ParallelConfig()
+    trainer = Trainer(MODELS["deepseek"], parallel, join(parallel), seed=3)
+    prompts, tokens = [[3, 1, 4], [1, 5], [9, 2, 6, 5]], torch.randint(VOCABULARY, (2, 6))
+    straight, turned = Decoder(trainer, prompts, 2, 8), Decoder(trainer, prompts, 2, 8)
+    for decoder in (straight, turned):
+        decoder.append(tokens[0])
+    turned.keep(torch.arange(5, -1, -1))
+    straight.append(tokens[1])
+    turned.append(tokens[1].flip(0))
+    torch.testing.assert_close(turned.logits(VOCABULARY).flip(0), straight.logits(VOCABULARY), rtol=0, atol=1e-4)
