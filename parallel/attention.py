@@ -31,20 +31,58 @@ from r1.kernels import (
 from r1.parallel.fp8 import fetch_weight, linears, local_product, rounded_input, rounded_weight
 from r1.parallel.linear import parameter_device
 from r1.parallel.packing import PackedSequence
+from r1.parallel.paging import SCRATCH
 
 
 @dataclass
-class DecodeStep:
-    """One new token for each of B cached sequences; travels as `packed_seq_params` in place of a PackedSequence.
+class ChunkKeys:
+    """What the new tokens of a prefill attend to: keys of whole sequences end to end, their bounds cu_seqlens (int32).
 
-    positions_B int64 is where the new token goes; seq_lens_B int32 counts the cache with it; block_table_BM int32.
+    query_index_T (int64) is each new token's row among the keys, and places_S (int64) where a key lies in the cache,
+    page times its size plus offset. Both None where the keys are the new tokens themselves, cached before by nobody.
     """
 
-    positions_B: Tensor
-    seq_lens_B: Tensor
-    block_table_BM: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    query_index_T: Tensor | None = None
+    places_S: Tensor | None = None
+
+
+@dataclass
+class CachedStep:
+    """T new tokens of cached sequences; travels as `packed_seq_params` in place of a PackedSequence.
+
+    Token t goes to place positions_T[t] (int64; -1: it is not cached) of the sequence whose pages are
+    block_table_TM[t] (int32). Without `chunks` it attends to the seq_lens_T[t] (int32) tokens cached there, itself the
+    last: one new token of a sequence, or the next ones, as many rows. A layer's cache, `shape` = (pages, page size), is
+    made when its first rows come.
+    """
+
+    positions_T: Tensor
+    block_table_TM: Tensor
+    seq_lens_T: Tensor
     rope: tuple[Tensor, Tensor]
     caches: dict[int, tuple[Tensor, ...]]
+    shape: tuple[int, int]
+    chunks: ChunkKeys | None = None
+    padding_mask_BT: None = None
+
+    def store(self, layer: int, *streams: Tensor) -> tuple[Tensor, ...]:
+        """The layer's caches, (pages, page size, ...) for each of the streams of rows (T, ...), with these in them."""
+        if layer not in self.caches:
+            self.caches[layer] = tuple(rows.new_empty(*self.shape, *rows.shape[1:]) for rows in streams)
+            for cache in self.caches[layer]:
+                cache[SCRATCH] = 0
+        for cache, rows in zip(self.caches[layer], streams, strict=True):
+            append_kv(cache, rows, self.block_table_TM, self.positions_T)
+        return self.caches[layer]
+
+    def keys(self, cache: Tensor, rows: Tensor) -> Tensor:
+        """(S, ...): what the chunks attend to, of this cache, to which `rows` were the last to go."""
+        assert self.chunks is not None
+        if self.chunks.places_S is None:
+            return rows
+        return cache.flatten(0, 1).index_select(0, self.chunks.places_S)
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -137,8 +175,8 @@ class _SelfAttention(MegatronModule):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, packed_seq_params: Any = None, **unused: Any
     ) -> tuple[Tensor, None]:
         """hidden_states (T, 1, H), sequence-parallel where the layout is; returns the same shape, and no bias."""
-        if isinstance(packed_seq_params, DecodeStep):
-            out_TND = self._decode(hidden_states, packed_seq_params)
+        if isinstance(packed_seq_params, CachedStep):
+            out_TND = self._attend_cached(hidden_states, packed_seq_params)
         else:
             out_TND = self._attend(hidden_states, packed_seq_params)
         out, _ = self.linear_proj(out_TND.flatten(1).unsqueeze(1))
@@ -192,23 +230,19 @@ class MultiHeadLatentAttention(_SelfAttention):
     def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
         q_TND = torch.cat(self._queries(hidden, packed.rope), -1)
         latent, k_rope_TD = self._latents(hidden, packed.rope)
-        if packed.caches is not None:
-            whole = latent
-            if self.config.sequence_parallel:
-                whole = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
-            whole = rounded_input(self.linear_kv_up, whole.squeeze(1))
-            packed.caches[self.layer_number] = (torch.cat([whole, k_rope_TD], -1),)
         if not self.exact:
             return self._attend_expanded(q_TND, latent, k_rope_TD, packed)
         with torch.no_grad():
-            out_TND = self._attend_as_decoded(q_TND, latent, k_rope_TD, packed)
+            keys_SD = self._whole_stream(torch.cat([latent.squeeze(1), k_rope_TD], -1), packed)
+            out_TND = self._attend_as_decoded(
+                q_TND, keys_SD, packed.cu_seqlens, packed.max_seqlen, packed.local_index_T
+            )
         if not torch.is_grad_enabled():
             return out_TND
         with numerics("fast"):
             return _WithGradientOf.apply(out_TND, self._attend_expanded(q_TND, latent, k_rope_TD, packed))
 
     def _attend_expanded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
-        m = self.model
         if packed.gather_order_T is not None:
             if self.config.sequence_parallel:
                 latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
@@ -217,34 +251,47 @@ class MultiHeadLatentAttention(_SelfAttention):
             k_rope_TD = self._whole_stream(k_rope_TD, packed)
         else:
             kv = self.linear_kv_up(latent)[0].squeeze(1)
-        k_TND, v_TND = kv.unflatten(-1, (self.heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], -1)
+        return self._over_expanded(q_TND, kv, k_rope_TD, packed.cu_seqlens, packed.max_seqlen, packed.local_index_T)
+
+    def _over_expanded(
+        self,
+        q_TND: Tensor,
+        kv_SW: Tensor,
+        k_rope_SD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        query_index_T: Tensor | None,
+    ) -> Tensor:
+        m = self.model
+        k_SND, v_SND = kv_SW.unflatten(-1, (self.heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], -1)
         return mla_attention(
             q_TND,
-            k_TND,
-            v_TND,
-            packed.cu_seqlens,
-            packed.max_seqlen,
+            k_SND,
+            v_SND,
+            cu_seqlens,
+            max_seqlen,
             self.scale,
-            k_rope_SD=k_rope_TD,
-            query_index_T=packed.local_index_T,
+            k_rope_SD=k_rope_SD,
+            query_index_T=query_index_T,
         )
 
-    def _attend_as_decoded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
+    def _attend_as_decoded(
+        self, q_TND: Tensor, keys_SD: Tensor, cu_seqlens: Tensor, max_seqlen: int, query_index_T: Tensor | None
+    ) -> Tensor:
         """Over the latents themselves, in the order of decoding: R wide, not expanded for the heads, so that the
         products are 3.4 times as many in V3's attention, and the same bits in rollout and training. The gradient is
         that of the expanded attention, the same function: no backward is that wide."""
         fetch_weight(self.linear_kv_up)
         m, (up_k, up_v) = self.model, self._up()
         q_nope, q_rope = q_TND.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
-        keys = self._whole_stream(torch.cat([latent.squeeze(1), k_rope_TD], -1), packed)[:, None]
         out_TNR = mla_attention(
             torch.cat([self._by_head(q_nope, up_k), q_rope], -1),
-            keys,
-            keys[..., : m.kv_lora_rank],
-            packed.cu_seqlens,
-            packed.max_seqlen,
+            keys_SD[:, None],
+            keys_SD[:, None, : m.kv_lora_rank],
+            cu_seqlens,
+            max_seqlen,
             self.scale,
-            query_index_T=packed.local_index_T,
+            query_index_T=query_index_T,
         )
         return self._by_head(out_TNR, up_v.transpose(1, 2))
 
@@ -268,26 +315,34 @@ class MultiHeadLatentAttention(_SelfAttention):
             latent_TR = copy_to_tensor_model_parallel_region(latent_TR, group=self.groups.tp)
         return local_product(self.linear_kv_up, latent_TR)
 
-    def _decode(self, hidden: Tensor, step: DecodeStep) -> Tensor:
+    def _attend_cached(self, hidden: Tensor, step: CachedStep) -> Tensor:
         m = self.model
         q_nope, q_rope = self._queries(hidden, step.rope)
-        latent, k_rope_BD = self._latents(hidden, step.rope)
+        latent, k_rope_TD = self._latents(hidden, step.rope)
         if self.config.sequence_parallel:
             latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
-        (cache,) = step.caches[self.layer_number]
         # Both as the up projection rounds them in training, where keys and values are made of them.
-        latent_BR = rounded_input(self.linear_kv_up, latent.squeeze(1))
-        append_kv(cache, torch.cat([latent_BR, k_rope_BD], -1), step.block_table_BM, step.positions_B)
+        rows_TD = torch.cat([rounded_input(self.linear_kv_up, latent.squeeze(1)), k_rope_TD], -1)
+        (cache,) = step.store(self.layer_number, rows_TD)
+        if step.chunks is not None:
+            return self._attend_chunks(torch.cat([q_nope, q_rope], -1), step.keys(cache, rows_TD), step.chunks)
         up_k, up_v = self._up()
-        out_BNR = mla_decode(
+        out_TNR = mla_decode(
             torch.cat([self._by_head(q_nope, up_k), q_rope], -1),
             cache,
-            step.block_table_BM,
-            step.seq_lens_B,
+            step.block_table_TM,
+            step.seq_lens_T,
             self.scale,
             m.kv_lora_rank,
         )
-        return self._by_head(out_BNR, up_v.transpose(1, 2))
+        return self._by_head(out_TNR, up_v.transpose(1, 2))
+
+    def _attend_chunks(self, q_TND: Tensor, keys_SD: Tensor, chunks: ChunkKeys) -> Tensor:
+        where = chunks.cu_seqlens, chunks.max_seqlen, chunks.query_index_T
+        if self.exact:
+            return self._attend_as_decoded(q_TND, keys_SD, *where)
+        latent_SR, k_rope_SD = keys_SD.split([self.model.kv_lora_rank, self.model.qk_rope_head_dim], -1)
+        return self._over_expanded(q_TND, local_product(self.linear_kv_up, latent_SR), k_rope_SD, *where)
 
 
 class GroupedQueryAttention(_SelfAttention):
@@ -315,8 +370,6 @@ class GroupedQueryAttention(_SelfAttention):
 
     def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
         q_TND, k_TMD, v_TMD = self._qkv(hidden, packed.rope)
-        if packed.caches is not None:
-            packed.caches[self.layer_number] = (k_TMD, v_TMD)
         return mla_attention(
             q_TND,
             self._whole_stream(k_TMD, packed),
@@ -327,9 +380,17 @@ class GroupedQueryAttention(_SelfAttention):
             query_index_T=packed.local_index_T,
         )
 
-    def _decode(self, hidden: Tensor, step: DecodeStep) -> Tensor:
-        q_BND, k_BMD, v_BMD = self._qkv(hidden, step.rope)
-        k_cache, v_cache = step.caches[self.layer_number]
-        append_kv(k_cache, k_BMD, step.block_table_BM, step.positions_B)
-        append_kv(v_cache, v_BMD, step.block_table_BM, step.positions_B)
-        return gqa_decode(q_BND, k_cache, v_cache, step.block_table_BM, step.seq_lens_B, self.scale)
+    def _attend_cached(self, hidden: Tensor, step: CachedStep) -> Tensor:
+        q_TND, k_TMD, v_TMD = self._qkv(hidden, step.rope)
+        k_cache, v_cache = step.store(self.layer_number, k_TMD, v_TMD)
+        if step.chunks is None:
+            return gqa_decode(q_TND, k_cache, v_cache, step.block_table_TM, step.seq_lens_T, self.scale)
+        return mla_attention(
+            q_TND,
+            step.keys(k_cache, k_TMD),
+            step.keys(v_cache, v_TMD),
+            step.chunks.cu_seqlens,
+            step.chunks.max_seqlen,
+            self.scale,
+            query_index_T=step.chunks.query_index_T,
+        )

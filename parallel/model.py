@@ -45,7 +45,7 @@ from torch import Tensor
 
 from r1.kernels import rope_tables
 from r1.kernels.backend import backend
-from r1.parallel.attention import DecodeStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm, norm_of_linears
+from r1.parallel.attention import CachedStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm, norm_of_linears
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.fp8 import linears
 from r1.parallel.moe import BlockExperts, DenseMLP, Experts, MixtureOfExperts, Router, SharedExperts
@@ -236,7 +236,7 @@ class DecoderModel(GPTModel):
     def _parameter_device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
-    def forward(self, tokens_T: Tensor, packed: PackedSequence | DecodeStep) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens_T: Tensor, packed: PackedSequence | CachedStep) -> Tensor:  # type: ignore[override]
         """tokens_T local to this context-parallel rank → hidden states; (1 + MTP layers) of them at the last stage,
         one after another, each (T, 1, H), sequence-parallel where the layout is."""
         padding_mask = getattr(packed, "padding_mask_BT", None)
@@ -261,6 +261,13 @@ class DecoderModel(GPTModel):
                 embedding=self.embedding,
             )
         return hidden_states
+
+    def draft(self, hidden: Tensor, next_tokens_T: Tensor, step: CachedStep) -> Tensor:
+        """The first multi-token-prediction layer over its cache: hidden states (T, 1, H) as `forward` returned them,
+        and the tokens that follow, to those from which the head makes the token after the next."""
+        layer = self.mtp.layers[0]
+        ahead = self.embedding(input_ids=next_tokens_T[None], position_ids=None)
+        return layer._proj_and_transformer_layer(hidden, ahead, step)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

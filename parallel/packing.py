@@ -72,7 +72,6 @@ class PackedSequence:
     next_tokens: list[Tensor]
     padding_mask_BT: Tensor | None
     rope: tuple[Tensor, Tensor]
-    caches: dict[int, tuple[Tensor, ...]] | None = None
 
     def local(self, x_T: Tensor) -> Tensor:
         """The part of a whole-stream tensor (T first) that this context-parallel rank holds."""

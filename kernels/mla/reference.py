@@ -19,6 +19,8 @@ from r1.kernels.fp8.reference import BLOCK, dequantize, quantize_1x128
 
 SCORES_PER_BLOCK = 2**20  # 4 MB of float32: stays in the cache of a CPU
 MIN_BLOCK = 32
+MAX_DECODED = 2**20  # tokens that are gathered at a time, of several sequences
+MIN_DECODED = 64  # tokens, of the longest of several sequences, below which all are decoded in one batch
 RAGGED = 0.75  # a batch's shortest sequence over its longest
 
 
@@ -332,7 +334,44 @@ def _from_fp8(tokens: Tensor, latent_rank: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([latents, ropes.to(dtype)], -1)
 
 
+def _alike(seq_lens_B: Tensor) -> list[Tensor]:
+    """Rows of sequences of like length, so that few of the rows that are gathered are beyond a sequence's end, and not
+    too many of them exist at a time."""
+    lengths = seq_lens_B.tolist()
+    parts: list[list[int]] = []
+    for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+        longest = lengths[parts[-1][0]] if parts else 0
+        if not parts or 2 * lengths[b] < longest >= MIN_DECODED or (len(parts[-1]) + 1) * longest > MAX_DECODED:
+            parts.append([])
+        parts[-1].append(b)
+    return [torch.tensor(part, device=seq_lens_B.device) for part in parts]
+
+
 def mla_decode(
+    q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
+) -> Tensor:
+    parts = _alike(seq_lens_B)
+    if len(parts) < 2:
+        return _mla_decode(q_BND, kv_cache, block_table_BM, seq_lens_B, scale, latent_rank)
+    out_BNR = q_BND.new_empty(*q_BND.shape[:2], latent_rank)
+    for part in parts:
+        out_BNR[part] = _mla_decode(q_BND[part], kv_cache, block_table_BM[part], seq_lens_B[part], scale, latent_rank)
+    return out_BNR
+
+
+def gqa_decode(
+    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float
+) -> Tensor:
+    parts = _alike(seq_lens_B)
+    if len(parts) < 2:
+        return _gqa_decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale)
+    out_BND = q_BND.new_empty(*q_BND.shape[:2], v_cache.shape[3])
+    for part in parts:
+        out_BND[part] = _gqa_decode(q_BND[part], k_cache, v_cache, block_table_BM[part], seq_lens_B[part], scale)
+    return out_BND
+
+
+def _mla_decode(
     q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
 ) -> Tensor:
     dtype, fp8 = wide(q_BND), kv_cache.dtype == torch.uint8
@@ -346,7 +385,7 @@ def mla_decode(
     return torch.bmm(_softmax(scores_BNL, unused_BL[:, None]), kv_BLD[..., :latent_rank]).to(q_BND.dtype)
 
 
-def gqa_decode(
+def _gqa_decode(
     q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float
 ) -> Tensor:
     dtype, M = wide(q_BND), k_cache.shape[2]

@@ -23,7 +23,7 @@ from r1.parallel import convert
 from r1.parallel.checkpoint import CheckpointError
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.convert import export_hf, hf_config, load_hf, model_config_from_hf, whole
-from r1.parallel.decode import Decoder
+from r1.parallel.decode import Chunk, Decoder
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import join
@@ -174,13 +174,15 @@ def test_decoding_matches_transformers(case: str, seed: int) -> None:
     rows = [t for t in tokens if t.numel() >= 18]
     prompts, steps = [t[: n % 7 + 1] for n, t in enumerate(rows)], 11
     with torch.no_grad():
-        decoder = Decoder(trainer, [p.tolist() for p in prompts], 2, LONGEST)
+        decoder, lengths = Decoder(trainer, len(rows) * LONGEST), torch.tensor([p.numel() for p in prompts])
+        pages = [decoder.pages.take(decoder.pages.for_tokens(18)) for _ in rows]
+        hidden = decoder.prefill([Chunk(p.tolist(), 0, held) for p, held in zip(prompts, pages)])
         for step in range(steps + 1):
             wanted = [reference(t[None, : p.numel() + step]).logits[0, -1] for t, p in zip(rows, prompts, strict=True)]
-            assert_close(decoder.logits(96), torch.stack(wanted).repeat_interleave(2, 0))
+            assert_close(decoder.logits(hidden, 96), torch.stack(wanted))
             if step < steps:
-                following = [t[p.numel() + step] for t, p in zip(rows, prompts, strict=True)]
-                decoder.append(torch.stack(following).repeat_interleave(2, 0))
+                following = torch.stack([t[p.numel() + step] for t, p in zip(rows, prompts, strict=True)])
+                hidden = decoder.decode(following, lengths + step, torch.tensor(pages))
 
 
 @pytest.mark.parametrize("case", CASES)
