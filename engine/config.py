@@ -16,8 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from r1.engine.errors import UserError
 from r1.engine.settings import PIPELINE, STAGES, Config, did_you_mean
+from r1.parallel.config import ParallelConfig, Section
 
-__all__ = ["PIPELINE", "STAGES", "Config", "load_config", "presets", "to_toml"]
+__all__ = ["PIPELINE", "STAGES", "Config", "load_config", "parallel_config", "presets", "to_toml"]
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -44,6 +45,26 @@ def config_from(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+
+
+def parallel_config(settings: Sequence[str]) -> ParallelConfig:
+    """The table `parallel` of settings alone ("parallel.tensor=2"), where a checkpoint says what the model is.
+
+    Raises UserError where a key or a value is wrong, or of another table.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        _assign(values, setting)
+        if set(values) != {"parallel"}:
+            raise UserError(f"--set {setting}: wanted a setting of the table parallel, as parallel.tensor=2")
+    try:
+        return _Layout.model_validate(values).parallel
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+class _Layout(Section):
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def _find(name_or_file: str, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from r1.engine import rollout
 from r1.engine.data.packing import pack_indices
 from r1.engine.errors import UserError
-from r1.engine.rollout import Completion, SamplingParameters
+from r1.engine.sampling import Completion, SamplingParameters
 from r1.engine.settings import Config, GrpoStage, OptimizerConfig
 from r1.kernels import aggregation_weights
 from r1.parallel import checkpoint
@@ -118,10 +118,13 @@ class Engine:
         sampling: SamplingParameters,
         copies: int = 1,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> list[list[Completion]]:
-        """`copies` completions of each prompt (token ids), the same on every process; see rollout.generate."""
-        return rollout.generate(self.policy, prompts, sampling, copies, seed, self.vocab_size, progress=progress)
+        """`copies` completions of each prompt (token ids), the same on every process; options as rollout.generate's."""
+        chosen = {**self.config.rollout.model_dump(), **options}
+        if "speculate" not in options and not self.model_config.num_mtp_layers:
+            chosen["speculate"] = False  # a student has no layer for it
+        return rollout.generate(self.policy, prompts, sampling, copies, seed, self.vocab_size, **chosen)
 
     def logprobs(
         self,

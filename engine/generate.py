@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from r1.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from r1.engine.data.tokenizer import Tokenizer
+    from r1.engine.engine import Engine
 
 
 def generate_text(
@@ -24,24 +30,16 @@ def generate_text(
     value is what the model has room for. Raises UserError where either is missing or damaged.
     """
     folder = find_checkpoint(checkpoint)  # first, as the imports take seconds
-    from r1.engine.config import Config
     from r1.engine.data.tasks import Prompt, prompt_tokens
-    from r1.engine.data.tokenizer import Tokenizer
-    from r1.engine.engine import Engine, SamplingParameters
-    from r1.parallel.checkpoint import read_state
-    from r1.parallel.config import ModelConfig
+    from r1.engine.engine import SamplingParameters
 
-    state = read_state(folder)
-    if state.get("value_head"):
-        raise UserError(f"{folder} is a reward model: it scores text and cannot write any")
-    model = ModelConfig.model_validate(state["model"])
-    tokenizer = Tokenizer.load(_find_above(folder, "tokenizer.json"))
+    engine, tokenizer = open_checkpoint(folder, seed=seed)
     tokens = prompt_tokens(tokenizer, Prompt(id="user", task="user", text=prompt))
-    room = model.max_positions - len(tokens)
+    room = engine.model_config.max_positions - len(tokens)
     if room < 1:
-        raise UserError(f"the prompt has {len(tokens)} tokens, the model takes {model.max_positions} in all")
-    engine = Engine(Config.model_construct(model=model), train=False, vocab_size=tokenizer.vocab_size, seed=seed)
-    engine.load(folder)
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens, the model takes {engine.model_config.max_positions} in all"
+        )
     stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     try:
         sampling = SamplingParameters(min(max_tokens or room, room), temperature, top_p, stops, top_k, min_p)
@@ -50,6 +48,30 @@ def generate_text(
     completion = engine.generate([tokens], sampling, seed=seed)[0][0]
     ids = completion.tokens[:-1] if completion.finished else completion.tokens
     return tokenizer.decode(ids)
+
+
+def open_checkpoint(folder: Path, *, settings: Sequence[str] = (), seed: int = 0) -> tuple[Engine, Tokenizer]:
+    """The model of a checkpoint's folder, ready to generate, and the tokenizer beside it or above.
+
+    `settings` are of the table `parallel` ("parallel.tensor=2"). Raises UserError where the folder holds no language
+    model, there is no tokenizer, or the layout does not fit.
+    """
+    from r1.engine.config import Config, parallel_config
+    from r1.engine.data.tokenizer import Tokenizer
+    from r1.engine.engine import Engine
+    from r1.parallel.checkpoint import read_state
+    from r1.parallel.config import ModelConfig
+
+    parallel = parallel_config(settings)
+    state = read_state(folder)
+    if state.get("value_head"):
+        raise UserError(f"{folder} is a reward model: it scores text and cannot write any")
+    model = ModelConfig.model_validate(state["model"])
+    tokenizer = Tokenizer.load(find_above(folder, "tokenizer.json"))
+    config = Config.model_construct(model=model, parallel=parallel)
+    engine = Engine(config, train=False, vocab_size=tokenizer.vocab_size, seed=seed)
+    engine.load(folder)
+    return engine, tokenizer
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -64,7 +86,8 @@ def find_checkpoint(path: str | Path) -> Path:
     return inside[-1].parent
 
 
-def _find_above(folder: Path, name: str) -> Path:
+def find_above(folder: Path, name: str) -> Path:
+    """The file of this name in the folder, or in one of the three above it; UserError where there is none."""
     for place in (folder, *list(folder.resolve().parents)[:3]):
         if (place / name).exists():
             return place / name

@@ -8,6 +8,7 @@ of all completions where both are known, else of one group.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from r1.engine import rewards
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
-from r1.engine.engine import Engine, Sample
+from r1.engine.engine import Completion, Engine, Sample
 from r1.engine.errors import UserError
-from r1.engine.evaluation import completion_text, evaluate, sampling_parameters
+from r1.engine.evaluation import completion_text, evaluate
 from r1.engine.logs import StageProgress
+from r1.engine.partial import Group, roll_out
 from r1.engine.prompts import Deck, encode_prompts, everyday_prompts, reasoning_prompts
 from r1.engine.settings import Config, GrpoStage, RewardConfig
 from r1.engine.stage import StageRun, load_tokenizer, seed_of, shared_map
@@ -48,14 +50,15 @@ def run_grpo(config: Config, name: str, judge: Callable[[Config, Tokenizer], Jud
         Deck(max(1, len(general)), seed_of(config, name, "general")),
     )
     step = int(state["step"])
+    left = [Group.from_state(group) for group in state.get("left", [])]
     with StageProgress(run.title, run.settings.steps, step) as progress:
         while step < run.settings.steps:
             settings = run.settings.at_step(step)
             if settings.kl_coefficient > 0 and engine.reference is None:
                 engine.update_reference()
             prompts = _deal(settings, step, reasoning, general, decks)
-            samples, scores, metrics = _rollout(run, engine, tokenizer, settings, prompts, preference, step)
-            step = _learn(run, engine, settings, samples, scores, metrics, step, progress)
+            samples, scores, metrics, left = _rollout(run, engine, tokenizer, settings, prompts, left, preference, step)
+            step = _learn(run, engine, settings, samples, scores, metrics, left, step, progress)
     run.save(engine, step, force=True)
     evaluate(run, engine, tokenizer)
     engine.close()
@@ -88,17 +91,20 @@ def _rollout(
     tokenizer: Tokenizer,
     settings: GrpoStage,
     minibatches: list[list[Prompt]],
+    left: list[Group],
     preference: Judge | None,
     step: int,
-) -> tuple[list[list[Sample]], list[list[dict[str, Any]]], dict[str, float]]:
-    """Samples with advantages of every minibatch, their scores, and what the rollout cost."""
-    prompts = [prompt for batch in minibatches for prompt in batch]
+) -> tuple[list[list[Sample]], list[list[dict[str, Any]]], dict[str, float], list[Group]]:
+    """Samples with advantages of every minibatch, their scores, what the rollout cost, and the groups that it left."""
     G = settings.completions_per_prompt
+    left = [group for group in left if len(group.completions) == G]  # a schedule may have changed it
+    asked = [Group(prompt, [Completion() for _ in range(G)]) for batch in minibatches for prompt in batch]
     with run.timer.phase("rollout"):
         began = run.timer.seconds
+        seed = seed_of(run.config, run.name, "rollout", step)
+        done, left = roll_out(engine, tokenizer, settings, [*left, *asked], len(minibatches), seed, step)
+        prompts, groups = [group.prompt for group in done], [group.completions for group in done]
         encoded = encode_prompts(tokenizer, prompts, engine.model_config.max_positions)
-        parameters = sampling_parameters(settings, tokenizer)
-        groups = engine.generate(encoded, parameters, G, seed_of(run.config, run.name, "rollout", step))
         rollout_seconds = run.timer.seconds - began
     texts = [[completion_text(tokenizer, c.tokens) for c in group] for group in groups]
     with run.timer.phase("rewards"):
@@ -122,9 +128,14 @@ def _rollout(
     ]
     flat = [s for group in samples for s in group]
     metrics = {"seconds_rollout": rollout_seconds, "seconds_rewards": reward_seconds}
+    if settings.max_tokens_per_rollout:
+        ages = [step - version for group in groups for c in group for version in c.weight_versions]
+        metrics["staleness"] = sum(ages) / len(ages)
     with run.timer.phase("logprobs"):
         began = run.timer.seconds
-        metrics |= _old_logprobs(engine, settings, flat)
+        completions = [completion for group in groups for completion in group]
+        drawn_now = [[version == step for version in c.weight_versions] for c in completions]
+        metrics |= _old_logprobs(engine, settings, flat, drawn_now)
         if settings.kl_coefficient > 0:
             reference, _ = engine.logprobs(flat, "reference", settings.temperature, settings.tokens_per_micro_batch)
             for sample, values in zip(flat, reference, strict=True):
@@ -136,26 +147,40 @@ def _rollout(
             for i in range(min(SAMPLES_LOGGED, len(prompts)))
         ]
         run.log.samples(step, rows)
-    size = settings.prompts_per_step
-    parts = [slice(k * size, (k + 1) * size) for k in range(len(minibatches))]
+    bounds = [round(k * len(done) / len(minibatches)) for k in range(len(minibatches) + 1)]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     return (
         [[s for group in samples[part] for s in group] for part in parts],
         [[row for group in scores[part] for row in group] for part in parts],
         metrics,
+        left,
     )
 
 
-def _old_logprobs(engine: Engine, settings: GrpoStage, samples: list[Sample]) -> dict[str, float]:
-    """How far the training path's log-probabilities are from the rollout's, nats a token: of all samples where they
-    then stand for the old policy's, else of one group. Mean and largest difference, and the k3 estimate of the
-    divergence of the two (http://joschu.net/blog/kl-approx.html)."""
+def _old_logprobs(
+    engine: Engine, settings: GrpoStage, samples: list[Sample], drawn_now: list[list[bool]]
+) -> dict[str, float]:
+    """How far the training path's log-probabilities are from the rollout's, nats a token, of tokens that these weights
+    drew: of all where the training path's then stand for the old policy's, else of one group's worth of samples, and
+    nothing without any. Mean and largest difference, and the k3 estimate of the divergence of the two
+    (http://joschu.net/blog/kl-approx.html). A token of older weights keeps what they said of it."""
     again = settings.minibatches_per_rollout > 1 or settings.importance_cap is not None
-    chosen = samples if again else samples[: settings.completions_per_prompt]
-    recomputed, _ = engine.logprobs(chosen, "policy", settings.temperature, settings.tokens_per_micro_batch)
-    gaps = [a - b for s, own in zip(chosen, recomputed, strict=True) for a, b in zip(own, s.rollout_logprobs)]
-    if again:
-        for sample, values in zip(chosen, recomputed, strict=True):
-            sample.old_logprobs = values
+    chosen = [i for i, now in enumerate(drawn_now) if again or all(now)]
+    if not again:
+        chosen = chosen[: settings.completions_per_prompt]
+    if not chosen:
+        return {}
+    recomputed, _ = engine.logprobs(
+        [samples[i] for i in chosen], "policy", settings.temperature, settings.tokens_per_micro_batch
+    )
+    gaps = []
+    for i, values in zip(chosen, recomputed, strict=True):
+        sampled, now = samples[i].rollout_logprobs, drawn_now[i]
+        gaps += [a - b for a, b, is_now in zip(values, sampled, now, strict=True) if is_now]
+        if again:
+            samples[i].old_logprobs = [a if is_now else b for a, b, is_now in zip(values, sampled, now, strict=True)]
+    if not gaps:
+        return {}
     return {
         "mismatch": sum(map(abs, gaps)) / len(gaps),
         "mismatch_max": max(map(abs, gaps)),
@@ -222,11 +247,13 @@ def _learn(
     minibatches: list[list[Sample]],
     scores: list[list[dict[str, Any]]],
     costs: dict[str, float],
+    left: list[Group],
     step: int,
     progress: StageProgress,
 ) -> int:
     """One optimiser step a minibatch; the next step's number."""
-    mismatch = {name: costs.pop(name) for name in ("mismatch", "mismatch_max", "mismatch_k3")}
+    of_rollout = ("mismatch", "mismatch_max", "mismatch_k3", "staleness")
+    mismatch = {name: costs.pop(name) for name in of_rollout if name in costs}
     share = {name: value / len(minibatches) for name, value in costs.items()}
     for samples, rows in zip(minibatches, scores, strict=True):
         if step >= run.settings.steps:
@@ -254,5 +281,5 @@ def _learn(
         if interval and step % interval == 0 and engine.reference is not None:
             engine.update_reference()
     # Between rollouts only: what is saved is what the next rollout starts from.
-    run.save(engine, step)
+    run.save(engine, step, lambda: {"left": [group.to_state() for group in left]})
     return step

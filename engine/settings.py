@@ -188,6 +188,10 @@ class GrpoStage(StageConfig, Sampling):
     steps: Count = 10400
     prompts_per_step: Count = 32
     minibatches_per_rollout: Count = Field(16, description="optimiser steps on one rollout, each on its own prompts")
+    max_tokens_per_rollout: Count | None = Field(
+        None,
+        description="a completion that is longer goes on in the next rollout, under newer weights; default: no limit",
+    )
     tokens_per_micro_batch: Count = 32768
     clip_low: float = Field(0.2, ge=0, description="the ratio is clipped to 1 - clip_low .. 1 + clip_high")
     clip_high: float = Field(0.2, ge=0)
@@ -321,6 +325,15 @@ STAGES = tuple(StagesConfig.model_fields)
 PIPELINE = tuple(name for name in STAGES if name != "evaluate")  # every stage evaluates itself at its end
 
 
+class RolloutConfig(Section):
+    """How a process samples completions (docs/rollout.md). None of it changes what is sampled, but for rounding."""
+
+    max_sequences: Count = Field(1024, description="that run at once")
+    cache_tokens: Count | None = Field(None, description="of the cache; default: as needed, at most half the memory")
+    prefill_tokens: Count = Field(65536, description="of prompts that one forward takes")
+    speculate: bool = Field(False, description="the MTP layer guesses tokens ahead, in models that have one")
+
+
 class Config(Section):
     """One run. `run_dir/<stage>` is where each stage leaves its checkpoint, metrics and samples."""
 
@@ -331,6 +344,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = RolloutConfig()
     data: DataConfig = DataConfig()
     stages: StagesConfig = StagesConfig()
 

@@ -186,12 +186,15 @@ class StageRun:
             say(f"{self.title}: goes on after {step} steps")
         return engine, state
 
-    def save(self, engine: Engine, step: int, state: dict[str, Any] | None = None, *, force: bool = False) -> None:
-        """Keep a checkpoint of `step` optimiser steps, where the interval (or `force`) asks for one."""
+    def save(
+        self, engine: Engine, step: int, state: Callable[[], dict[str, Any]] | None = None, *, force: bool = False
+    ) -> None:
+        """Keep a checkpoint of `step` optimiser steps, with what `state` gives (JSON), where the interval (or `force`)
+        asks for one."""
         if step == self._saved_step or not (force or step - self._saved_step >= self.settings.save_interval_steps):
             return
         with self.timer.phase("checkpoint"):
-            engine.save(self.checkpoint, {"stage": self.name, "step": step, **(state or {})})
+            engine.save(self.checkpoint, {"stage": self.name, "step": step, **(state() if state else {})})
         self._saved_step = step
 
     def write(self, name: str, value: Any) -> None:

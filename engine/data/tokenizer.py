@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
 
 from r1.engine.errors import UserError
 
@@ -27,6 +28,11 @@ _PIECES = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 _BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>")
 _EOS_NAMES = (EOS, "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
 _PAD_NAMES = (PAD, "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>")
+
+# How a byte-level vocabulary writes bytes: a visible one as itself, the others as the characters from 256 on (GPT-2).
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + place): byte for place, byte in enumerate(_HIDDEN)}
 
 
 class Tokenizer:
@@ -53,20 +59,52 @@ class Tokenizer:
         self.bos_id: int | None = find(bos, _BOS_NAMES)
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
+        self._added = backend.get_added_tokens_decoder()
         self._control = {token for token in (self.bos_id, self.eos_id, self.pad_id) if token is not None}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added before or after. Tags such as `<think>` are one token if known."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # Of a batch, since that lets other threads run meanwhile; fast, since offsets are not wanted.
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`. `skip_special` drops bos, eos and pad, and keeps the think and answer tags."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self._control)]
         return self._backend.decode(kept, skip_special_tokens=False)
 
+    def stream(self) -> Callable[[int], str]:
+        """A function of one token after another: the text that it adds, "" until its characters are whole."""
+        stream = DecodeStream(skip_special_tokens=False)
+
+        def step(token: int) -> str:
+            nonlocal stream
+            try:
+                return stream.step(self._backend, token) or ""
+            except Exception as error:  # tokenizers has no type of its own for it
+                # A decoder whose text does not grow by what is added: begin anew with this token.
+                if "prefix" not in str(error):
+                    raise
+                stream = DecodeStream(skip_special_tokens=False)
+                return stream.step(self._backend, token) or ""
+
+        return step
+
     def token_id(self, token: str) -> int | None:
         """Id of one token by name, None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text: perhaps part of a character. Nothing, for an id that the vocabulary lacks."""
+        name = self._backend.id_to_token(token) or ""
+        byte_level = isinstance(self._backend.decoder, decoders.ByteLevel) and token not in self._added
+        if byte_level and _BYTES.keys() >= set(name):
+            return bytes(_BYTES[character] for character in name)
+        return self._backend.decode([token], skip_special_tokens=False).encode()
+
+    @property
+    def longest_token(self) -> int:
+        """The most characters of text that one token may stand for."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to `path` (a tokenizer.json)."""
