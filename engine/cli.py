@@ -89,6 +89,28 @@ def _generate(options: argparse.Namespace) -> None:
         print(text)
 
 
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from r1.engine.serve.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
+            raise
+        raise UserError(f"r1 serve needs {error.name}, which is not installed: pip install -e '.[serve]'") from None
+    serve(
+        options.checkpoint,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key,
+        max_waiting=options.max_waiting,
+        max_sequences=options.max_sequences,
+        cache_tokens=options.cache_tokens,
+        request_timeout=options.request_timeout,
+        stop_timeout=options.stop_timeout,
+        speculate=options.speculate,
+        settings=options.set,
+    )
+
+
 def _report_on(run_dir: str | Path) -> None:
     if is_main_process():
         from r1.engine.report import write_report
@@ -135,6 +157,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=None, help="default: what the model has room for")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_generate)
+
+    command = commands.add_parser("serve", help="answer OpenAI's HTTP API with a model")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder or a stage's")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    command.add_argument("--api-key", metavar="KEY", help="default: R1_API_KEY of the environment, else none is asked")
+    command.add_argument("--max-sequences", type=int, default=256, metavar="N", help="completions that run at once")
+    command.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="completions that wait; then: 429")
+    command.add_argument("--cache-tokens", type=int, metavar="N", help="tokens that the cache holds")
+    command.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS", help="default 600")
+    command.add_argument(
+        "--stop-timeout", type=float, default=20.0, metavar="SECONDS", help="after SIGTERM; default 20"
+    )
+    command.add_argument("--speculate", action="store_true", help="draft tokens with the model's own MTP layer")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="parallel.b=c", help="the layout; repeat for more"
+    )
+    command.set_defaults(command=_serve)
     return parser
 
 
