@@ -233,7 +233,7 @@ class Field:
         """And transformers' implementations of attention and experts are tried out."""
         seconds = self._attempt("transformers", tune, jobs)
         if seconds:
-            self.facts["transformers"] |= {"seconds_of_16_tokens": seconds}
+            self.facts["transformers"] |= {"seconds_of_tuning": seconds}
         for name in self._present():
             self._attempt(name, serve, jobs, 0, CONTESTANTS[name].how)
 

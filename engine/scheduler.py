@@ -231,7 +231,7 @@ class Scheduler:
             "page_tokens": self.pages.size,
         }
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Update]:
         """One iteration. Expert-parallel processes call it alike, until all are idle."""
         if not self._open:

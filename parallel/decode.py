@@ -64,6 +64,7 @@ class Decoder:
         self.in_step = trainer.model_config.is_moe and experts > 1
         self.open()
 
+    @torch.inference_mode(False)
     def open(self) -> None:
         """Before the first step, and the first after the weights have changed. Collective."""
         self.trainer.gather_weights()
@@ -142,6 +143,7 @@ class Decoder:
             hidden = hidden.chunk(self.split)[self.world.tensor_rank]
         return self._draft(hidden, _longer(next_T, missing), step)[:T]
 
+    @torch.inference_mode()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Every layer's page `from` to its page `to`."""
         if pairs:
@@ -268,7 +270,7 @@ class Decoder:
                 received = torch.empty(shape, dtype=chunk.config.params_dtype, device=self.device)
                 dist.recv(received, src=before, group=group)
                 chunk.set_input_tensor(received)
-            with torch.no_grad(), numerics(self.trainer.parallel.numerics):
+            with torch.inference_mode(), numerics(self.trainer.parallel.numerics):
                 output = chunk(tokens_T, step)
             if not chunk.post_process:
                 dist.send(output.contiguous(), dst=after, group=group)
@@ -277,7 +279,7 @@ class Decoder:
 
     def _draft(self, hidden: Tensor, next_T: Tensor, step: CachedStep) -> Tensor:
         last = self.chunks[-1]
-        with torch.no_grad(), numerics(self.trainer.parallel.numerics):
+        with torch.inference_mode(), numerics(self.trainer.parallel.numerics):
             return last.hidden_of_all_tokens(last.draft(hidden, next_T, step))
 
 

@@ -29,6 +29,8 @@ from r1.parallel.linear import (
     ExactReplicatedLinear,
     ExactRowParallelLinear,
     LocalLinear,
+    QuickColumnParallelLinear,
+    QuickRowParallelLinear,
     ReplicatedLinear,
     main_gradients,
     mark_as_added,
@@ -48,7 +50,8 @@ class KeepsQuantized:
     def quantized(self) -> Any:
         """The copy, made when it is first wanted."""
         if self._kept is None:
-            self._kept = self.quantize()
+            with torch.inference_mode(False), torch.no_grad():  # rollout may be the first, and training reads it too
+                self._kept = self.quantize()
         return self._kept
 
     def forget(self) -> None:
@@ -121,7 +124,7 @@ def linears(parallel: ParallelConfig) -> Linears:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
         return Linears(TEColumnParallelLinear, TERowParallelLinear, ReplicatedLinear)
-    return Linears(ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
+    return Linears(QuickColumnParallelLinear, QuickRowParallelLinear, ReplicatedLinear)
 
 
 # ------------------------------------------------------------------------- for those who multiply outside of the linear

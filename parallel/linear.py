@@ -34,6 +34,25 @@ class ReplicatedLinear(MegatronModule):
         return torch.nn.functional.linear(x, self.weight)
 
 
+class _Quick:
+    """Without Megatron's autograd functions where there is neither a gradient nor another rank: on a small model they
+    cost more than the product."""
+
+    def forward(self, input_: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        bias_is_left = self.skip_bias_add and self.bias is not None
+        if rest or options or torch.is_grad_enabled() or self.tp_group.size() > 1 or bias_is_left:
+            return super().forward(input_, *rest, **options)
+        return torch.nn.functional.linear(input_, self.weight, self.bias), None
+
+
+class QuickColumnParallelLinear(_Quick, ColumnParallelLinear):
+    """Megatron's column-parallel linear."""
+
+
+class QuickRowParallelLinear(_Quick, RowParallelLinear):
+    """Megatron's row-parallel linear."""
+
+
 class LocalLinear:
     """A linear of Megatron's, with its parameters, checkpoints and communication, whose local product is ours."""
 

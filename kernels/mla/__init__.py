@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from r1.kernels.backend import operator, register, require, wide
-from r1.kernels.mla import reference
+from r1.kernels.mla import reference, reference_decode
 
 register("mla", "torch", reference, proven_on=("cpu", "cuda"))
 register("mla", "triton", "r1.kernels.mla.triton", proven_on=())
@@ -252,7 +252,7 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
 def _check_fp8_rows(kv_cache: Tensor, rows: Tensor) -> None:
     require(kv_cache.dim() == 3, "kv_cache", kv_cache, "(blocks, block size, bytes), as uint8 one of FP8 latents")
     size, width = kv_cache.shape[2], rows.shape[1] if rows.dim() == 2 else 0
-    R = reference.fp8_latent_rank(width, size)
+    R = reference_decode.fp8_latent_rank(width, size)
     require(
         rows.is_floating_point() and rows.device == kv_cache.device
         and 0 < R <= width and R % 128 == 0 and (width - R) % 2 == 0 and fp8_latent_bytes(R, width - R) == size,

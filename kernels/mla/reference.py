@@ -1,7 +1,7 @@
-"""The mla family in plain torch.
+"""The mla family in plain torch; decoding is in reference_decode.py.
 
 Letters: T queries and S keys of the packed stream, N heads, M key heads, D width of q and k, G = heads x sequences of
-one batch, L length, B sequences that are decoded.
+one batch, L length.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor
 
 from r1.kernels import exact
 from r1.kernels.backend import wide
-from r1.kernels.fp8.reference import BLOCK, dequantize, quantize_1x128
+from r1.kernels.mla.reference_decode import append_kv, gqa_decode, mla_decode
 
 SCORES_PER_BLOCK = 2**20  # 4 MB of float32: stays in the cache of a CPU
 MIN_BLOCK = 32
-MAX_DECODED = 2**20  # tokens that are gathered at a time, of several sequences
-MIN_DECODED = 64  # tokens, of the longest of several sequences, below which all are decoded in one batch
 RAGGED = 0.75  # a batch's shortest sequence over its longest
 
 
@@ -191,20 +189,6 @@ def _exact_attention(
     return out.flatten(1, 2).to(q_TND.dtype), lse.flatten(1, 2)
 
 
-def _exact_decode(q_BND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, seq_lens_B: Tensor, scale: float) -> Tensor:
-    """The same over the cached rows of each sequence."""
-    more = max(-(-k_BLMD.shape[1] // exact.KEYS), 1) * exact.KEYS - k_BLMD.shape[1]
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, more)) for x in (k_BLMD, v_BLMD))
-
-    def take(x: Tensor, part: slice, first: int) -> Tensor:
-        return x[part, first : first + exact.KEYS]
-
-    q_BMGD = (q_BND.to(k.dtype) * scale).unflatten(1, (k.shape[2], -1))
-    keys, values = functools.partial(take, k), functools.partial(take, v)
-    out, _ = exact.attention(q_BMGD, seq_lens_B, keys, values, v.shape[3])
-    return out.flatten(1, 2).to(q_BND.dtype)
-
-
 def mla_attention_backward(
     grad_TND: Tensor,
     q_TND: Tensor,
@@ -264,154 +248,10 @@ def mla_attention_backward(
     )
 
 
-def checked_lengths(seq_lens_B: Tensor, block_table_BM: Tensor, block_size: int) -> int:
-    """How many pages the longest has; ValueError if the table has fewer."""
-    longest, width = int(seq_lens_B.max()) if len(seq_lens_B) else 0, block_table_BM.shape[1]
-    pages = -(-longest // block_size)
-    if pages > width:
-        room = f"{width} pages x {block_size} = {width * block_size}"
-        raise ValueError(f"seq_lens_B holds {longest}, wanted at most the table's {room}")
-    return pages
-
-
-def checked_positions(positions_B: Tensor, block_table_BM: Tensor, block_size: int) -> None:
-    last, width = int(positions_B.max()) if len(positions_B) else -1, block_table_BM.shape[1]
-    if last >= width * block_size:
-        room = f"{width} pages x {block_size} = {width * block_size}"
-        raise ValueError(f"positions_B holds {last}, wanted less than the table's {room}")
-
-
-def _pages(cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the cached rows of each sequence (B, L, ...), which of them are unused (B, L)); unused rows are 0, so that what
-    stands in free pages, NaN included, takes no part."""
-    block_size = cache.shape[1]
-    pages = checked_lengths(seq_lens_B, block_table_BM, block_size)
-    place = torch.arange(pages * block_size, device=cache.device)
-    unused_BL = place >= seq_lens_B[:, None]
-    # Entries of the table beyond a sequence's end may hold anything.
-    table_BM = block_table_BM[:, :pages].masked_fill(unused_BL[:, ::block_size], 0)
-    rows = cache.index_select(0, table_BM.flatten()).view(len(seq_lens_B), len(place), *cache.shape[2:]).to(dtype)
-    rows.flatten(0, 1).index_fill_(0, unused_BL.flatten().nonzero().squeeze(1), 0)
-    return rows, unused_BL
-
-
-def _softmax(scores: Tensor, unused: Tensor) -> Tensor:
-    # The most negative number, not -inf: a sequence of length 0 then averages rows of 0.
-    return scores.masked_fill_(unused, torch.finfo(scores.dtype).min).softmax(-1)
-
-
-def fp8_latent_rank(width: int, size: int) -> int:
-    """R of rows of R + Dr numbers that have `size` = R + R / 32 + 2 Dr bytes each; no multiple of 128 if none has."""
-    return (2 * width - size) * 32 // 31
-
-
-def fp8_parts(cache: Tensor, latent_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the tokens (..., bytes) of an FP8 cache: latents (..., R) in e4m3, their scales (..., R / 128) in
-    float32, rope parts (..., Dr) in bfloat16."""
-    scales = latent_rank + latent_rank // BLOCK * 4
-    return (
-        cache[..., :latent_rank].view(torch.float8_e4m3fn),
-        cache[..., latent_rank:scales].view(torch.float32),
-        cache[..., scales:].view(torch.bfloat16),
-    )
-
-
-def _to_fp8(rows_BD: Tensor, size: int) -> Tensor:
-    """Rows as an FP8 cache holds them: (B, size) bytes."""
-    R = fp8_latent_rank(rows_BD.shape[1], size)
-    tokens = rows_BD.new_empty(len(rows_BD), size, dtype=torch.uint8)
-    latents, scales, ropes = fp8_parts(tokens, R)
-    for part, values in zip((latents, scales), quantize_1x128(rows_BD[:, :R], False)):
-        part.copy_(values)
-    ropes.copy_(rows_BD[:, R:].float())
-    return tokens
-
-
-def _from_fp8(tokens: Tensor, latent_rank: int, dtype: torch.dtype) -> Tensor:
-    """(..., R + Dr) in dtype: latents times their scales, rounded once."""
-    latents, scales, ropes = fp8_parts(tokens, latent_rank)
-    latents = dequantize(latents.flatten(0, -2), scales.flatten(0, -2), 1, BLOCK, dtype).view(latents.shape)
-    return torch.cat([latents, ropes.to(dtype)], -1)
-
-
-def _alike(seq_lens_B: Tensor) -> list[Tensor]:
-    """Rows of sequences of like length, so that few of the rows that are gathered are beyond a sequence's end, and not
-    too many of them exist at a time."""
-    lengths = seq_lens_B.tolist()
-    parts: list[list[int]] = []
-    for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
-        longest = lengths[parts[-1][0]] if parts else 0
-        if not parts or 2 * lengths[b] < longest >= MIN_DECODED or (len(parts[-1]) + 1) * longest > MAX_DECODED:
-            parts.append([])
-        parts[-1].append(b)
-    return [torch.tensor(part, device=seq_lens_B.device) for part in parts]
-
-
-def mla_decode(
-    q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
-) -> Tensor:
-    parts = _alike(seq_lens_B)
-    if len(parts) < 2:
-        return _mla_decode(q_BND, kv_cache, block_table_BM, seq_lens_B, scale, latent_rank)
-    out_BNR = q_BND.new_empty(*q_BND.shape[:2], latent_rank)
-    for part in parts:
-        out_BNR[part] = _mla_decode(q_BND[part], kv_cache, block_table_BM[part], seq_lens_B[part], scale, latent_rank)
-    return out_BNR
-
-
-def gqa_decode(
-    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float
-) -> Tensor:
-    parts = _alike(seq_lens_B)
-    if len(parts) < 2:
-        return _gqa_decode(q_BND, k_cache, v_cache, block_table_BM, seq_lens_B, scale)
-    out_BND = q_BND.new_empty(*q_BND.shape[:2], v_cache.shape[3])
-    for part in parts:
-        out_BND[part] = _gqa_decode(q_BND[part], k_cache, v_cache, block_table_BM[part], seq_lens_B[part], scale)
-    return out_BND
-
-
-def _mla_decode(
-    q_BND: Tensor, kv_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float, latent_rank: int
-) -> Tensor:
-    dtype, fp8 = wide(q_BND), kv_cache.dtype == torch.uint8
-    kv_BLD, unused_BL = _pages(kv_cache, block_table_BM, seq_lens_B, torch.uint8 if fp8 else dtype)
-    if fp8:  # bytes of 0 are numbers of 0
-        kv_BLD = _from_fp8(kv_BLD, latent_rank, q_BND.dtype).to(dtype)
-    if exact.is_exact():
-        kv_BLMD = kv_BLD[:, :, None]
-        return _exact_decode(q_BND, kv_BLMD, kv_BLMD[..., :latent_rank], seq_lens_B, scale)
-    scores_BNL = torch.bmm(q_BND.to(dtype) * scale, kv_BLD.transpose(1, 2))
-    return torch.bmm(_softmax(scores_BNL, unused_BL[:, None]), kv_BLD[..., :latent_rank]).to(q_BND.dtype)
-
-
-def _gqa_decode(
-    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor, scale: float
-) -> Tensor:
-    dtype, M = wide(q_BND), k_cache.shape[2]
-    k_BLMD, unused_BL = _pages(k_cache, block_table_BM, seq_lens_B, dtype)
-    v_BLMD, _ = _pages(v_cache, block_table_BM, seq_lens_B, dtype)
-    if exact.is_exact():
-        return _exact_decode(q_BND, k_BLMD, v_BLMD, seq_lens_B, scale)
-    q_BMGD = (q_BND.to(dtype) * scale).unflatten(1, (M, -1))
-    out_BMGD = q_BMGD.new_empty(*q_BMGD.shape[:3], v_BLMD.shape[3])
-    for m in range(M):
-        # One key head at a time is a batch of strided matrices, which bmm takes as it lies.
-        scores_BGL = torch.bmm(q_BMGD[:, m], k_BLMD[:, :, m].transpose(1, 2))
-        out_BMGD[:, m] = torch.bmm(_softmax(scores_BGL, unused_BL[:, None]), v_BLMD[:, :, m])
-    return out_BMGD.flatten(1, 2).to(q_BND.dtype)
-
-
-def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_B: Tensor) -> None:
-    kept = (positions_B >= 0).nonzero().squeeze(1)
-    if len(kept) < len(positions_B):
-        rows, block_table_BM, positions_B = (x.index_select(0, kept) for x in (rows, block_table_BM, positions_B))
-    if not len(kept):
-        return
-    block_size, positions = kv_cache.shape[1], positions_B.long()
-    checked_positions(positions, block_table_BM, block_size)
-    page = positions.div(block_size, rounding_mode="floor")
-    slot = block_table_BM.gather(1, page[:, None]).squeeze(1).long() * block_size + positions % block_size
-    if kv_cache.dtype == torch.uint8:
-        rows = _to_fp8(rows, kv_cache.shape[2])
-    kv_cache.view(-1, *kv_cache.shape[2:]).index_copy_(0, slot, rows.to(kv_cache.dtype))
+__all__ = [
+    "append_kv",
+    "gqa_decode",
+    "mla_attention",
+    "mla_attention_backward",
+    "mla_decode",
+]

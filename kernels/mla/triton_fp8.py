@@ -1,4 +1,4 @@
-"""Decoding over a cache of FP8 latents in Triton, for Hopper, and writing to it; reference.fp8_parts says how it lies.
+"""Decoding over a cache of FP8 latents in Triton, for Hopper, and writing to it, as reference_decode.fp8_parts lays it.
 
 As in triton_decode.py, whose combine_kernel puts the splits together: a latent comes as one byte a number, is taken
 times its scales once for all heads of the program, and is then key and value in the queries' type.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1.kernels.bulk_copy import descriptor
 from r1.kernels.exact import is_exact
-from r1.kernels.mla import reference
+from r1.kernels.mla import reference, reference_decode
 from r1.kernels.mla import triton_decode as decode
 from r1.kernels.mla import triton_exact as exact
 from r1.kernels.mla import triton_fp8 as fp8_cache
@@ -94,7 +94,7 @@ def decode_pages(
     (B, N, D), page_size, M = q_BND.shape, k.shape[1], k.shape[2]
     value, room = head if latent else v.shape[3], table.shape[1] * page_size
     if lens.device.type == "cpu":
-        reference.checked_lengths(lens, table, page_size)
+        reference_decode.checked_lengths(lens, table, page_size)
     out = q_BND.new_empty(B, N, value) if out is None else out
     if not out.numel():
         return out
@@ -117,7 +117,7 @@ def decode_pages(
     pages = lambda x: descriptor(x.permute(2, 0, 1, 3), [1, 1, block, padded(x.shape[3])])
     grid = (B * splits * M * triton.cdiv(N // M, tile["BLOCK_H"]),)
     if fp8:
-        latents, scales, ropes = reference.fp8_parts(k, head)
+        latents, scales, ropes = reference_decode.fp8_parts(k, head)
         ropes = pages(ropes if D > head else latents)
         fp8_cache.decode_fp8_kernel[grid](
             q, q.stride(0), q.stride(1), pages(latents), scales, scales.stride(1), ropes, table, table.stride(0), lens,
@@ -177,7 +177,7 @@ def exact_attention(
 
 def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_B: Tensor) -> None:
     if positions_B.device.type == "cpu":
-        reference.checked_positions(positions_B, block_table_BM, kv_cache.shape[1])
+        reference_decode.checked_positions(positions_B, block_table_BM, kv_cache.shape[1])
     B, width = len(rows), math.prod(kv_cache.shape[2:])
     if not B or not width:
         return
@@ -185,9 +185,9 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     table = block_table_BM if block_table_BM.stride(1) == 1 else block_table_BM.contiguous()
     if kv_cache.dtype == torch.uint8:
-        R = reference.fp8_latent_rank(rows.shape[1], width)
+        R = reference_decode.fp8_latent_rank(rows.shape[1], width)
         fp8_cache.append_fp8_kernel[(B,)](
-            *reference.fp8_parts(kv_cache, R), width, rows, rows.stride(0), table, table.stride(0),
+            *reference_decode.fp8_parts(kv_cache, R), width, rows, rows.stride(0), table, table.stride(0),
             positions_B.contiguous(), table.shape[1], kv_cache.shape[1], R, rows.shape[1] - R, HEAD=padded(R),
             TAIL=padded(rows.shape[1] - R),
         )  # fmt: skip

@@ -352,7 +352,7 @@ def test_requests_of_all_kinds_beside_each_other(seed: int, engine: Engine, spec
     assert all(a[1] >= b[1] for row in top for a, b in zip(row, row[1:]))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 @pytest.mark.parametrize("options", [{}, {"speculate": True, "max_sequences": 3, "cache_tokens": 192}], ids=str)
 def test_what_stands_in_free_pages_is_not_read(seed: int, engine: Engine, options: dict[str, Any]) -> None:
     """NaN in every free page changes no bit."""

@@ -154,6 +154,21 @@ def test_mla_decode(seed: int) -> None:
     assert nothing.eq(0).all()
 
 
+def test_a_batch_changed_in_place_is_another_batch(seed: int) -> None:
+    """How a batch lies is found once for all layers of a step; it is known by what it holds."""
+    lengths, R = [70, 9, 70, 150, 64], 5
+    cache, table, _ = paged(5, lengths, 4, R + 3)
+    lens, q = torch.tensor(lengths).int(), torch.randn(5, 2, R + 3)
+    first = mla_decode(q, cache, table, lens, 0.3, R)
+    for change in (lambda: lens.sub_(3), lambda: table[[0, 2]].copy_(table[[2, 0]]), lambda: cache.mul_(2)):
+        change()
+        alone = [mla_decode(q[b : b + 1], cache, table[b : b + 1], lens[b : b + 1], 0.3, R) for b in range(5)]
+        changed = mla_decode(q, cache, table, lens, 0.3, R)
+        torch.testing.assert_close(changed, torch.cat(alone))
+        assert not torch.equal(changed, first)
+        first = changed
+
+
 def test_gqa_decode_agrees_with_attention(seed: int) -> None:
     lengths, N, M, D = [9, 4, 20], 4, 2, 6
     (k_cache, table, k), (v_cache, v_table, v) = (paged(3, lengths, 4, M, D) for _ in range(2))

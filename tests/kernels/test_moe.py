@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
 from r1.kernels import grouped_gemm, moe_layer, moe_mlp, moe_mlp_masked, permute, route, swiglu, unpermute
+from r1.kernels.moe import reference_route
 from tests.kernels.helpers import check_operator, leaf
 
 F64 = torch.float64
@@ -69,6 +70,17 @@ def test_route_ties_extremes_and_nan() -> None:
     assert counts.sum() == 4 and ((ids >= 0) & (ids < 4)).all()
     ids, weights, counts = route(torch.zeros(0, 4), None, 2, 1, 1, 1.0)
     assert ids.shape == weights.shape == (0, 2) and counts.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("E", [8, 64])
+def test_route_of_few_is_route_of_many(seed: int, E: int) -> None:
+    """Small problems are sorted, large ones searched: ties, of which there are many here, end alike."""
+    shape = 2 * reference_route.SORTED // E, E
+    logits = torch.randint(-1, 2, shape) * torch.tensor([0.0, -0.0, 1.0, 2.0]).repeat(E // 4)
+    bias = torch.randint(0, 2, (E,)).float()
+    many, _, _ = route(logits, bias, 3, 4, 2, 1.0)
+    few = [route(row, bias, 3, 4, 2, 1.0)[0] for row in logits.split(5)]
+    assert torch.equal(torch.cat(few), many)
 
 
 @pytest.mark.parametrize(("T", "H", "E", "K"), [(29, 7, 5, 3), (1, 2, 9, 1), (0, 4, 3, 2), (64, 8, 1, 1)])

@@ -57,9 +57,14 @@ _WIDE = MODELS["deepseek"].model_dump() | {
 }
 WIDE = {"deepseek": ModelConfig(**_WIDE)}
 WIDE["latent_dense"] = ModelConfig(**_WIDE | {"num_experts": 0, "experts_per_token": 0, "num_mtp_layers": 0})
+# Every token visits every expert: where roundings differ, none goes to another one for it.
+_ALL = {
+    name: _WIDE[of] for name, of in (("experts_per_token", "num_experts"), ("groups_per_token", "num_expert_groups"))
+}
+WIDE["all_experts"] = ModelConfig(**_WIDE | _ALL)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "DP2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, "deepseek"),
-    "TP2": (2, {"tensor": 2}, "deepseek"),
+    "TP2": (2, {"tensor": 2}, "all_experts"),
     "TP2 dense": (2, {"tensor": 2}, "latent_dense"),
     "TP2 dense, whole sequences": (2, {"tensor": 2, "sequence": False}, "latent_dense"),
     "PP2": (2, {"pipeline": 2}, "deepseek"),
@@ -74,8 +79,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
 TIGHT = 1e-5
 # Where a sum inside a product is made in another order it differs by 1e-7, which takes one value in a million to its
 # neighbour in e4m3, 6 % away, and with it what follows for that token; and where a weight's tokens lie otherwise in
-# blocks of 128 its gradient is rounded otherwise. test_linears_are_exact leaves no room for anything else.
-ROUNDING = 0.1
+# blocks of 128 its gradient is rounded otherwise: up to 0.08 was seen, on a CPU with AVX-512. A part that is missing or
+# counted twice makes 0.5; test_linears_are_exact leaves no room for anything else.
+ROUNDING = 0.15
 
 
 @pytest.fixture(scope="module")
