@@ -9,10 +9,10 @@ Processes that hold parts of one model submit and abort alike, and take the same
 
 from __future__ import annotations
 
+import collections.abc
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,80 +20,16 @@ import torch
 from torch import Tensor
 
 from r1.engine.data.tokenizer import Tokenizer
+from r1.engine.drawing import drawn
 from r1.engine.errors import UserError
-from r1.engine.sampling import Completion, FinishReason, Rules, SamplingParameters, draw, reported, streams
+from r1.engine.requests import Group, Request, Sequence, Update
+from r1.engine.sampling import Completion, FinishReason, streams
 from r1.engine.text import TextStream
 from r1.parallel.decode import Chunk, Decoder
 from r1.parallel.paging import BlockTable
 from r1.parallel.trainer import Trainer
 
-DRAWN_ROWS = 512
 MEMORY_FRACTION = 0.5  # of what is free, for a cache whose size nobody gave
-
-
-@dataclass
-class Request:
-    """`copies` completions of a prompt (token ids), under an `id` that no other has now. Copy j is drawn from numbers
-    that depend on (seed, j) alone.
-
-    `begun`, one for each copy if given, are completions to go on with; of those that cannot, nothing more is heard.
-    What is not finished ends with "deadline" after `deadline`, a time.monotonic(), or once it has `max_new_tokens` more
-    than at the beginning.
-    """
-
-    id: Any
-    prompt: list[int]
-    sampling: SamplingParameters
-    seed: int = 0
-    copies: int = 1
-    deadline: float | None = None
-    max_new_tokens: int | None = None
-    begun: Sequence[Completion] = ()
-
-
-@dataclass(slots=True)
-class Update:
-    """What a step added to one completion. `text` is safe to show, and "" without a tokenizer; `completion` is the
-    whole one, where it has ended."""
-
-    request: Any
-    copy: int
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[int, float]]]
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    completion: Completion | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: Request
-    copy: int
-    stream: int
-    budget: int  # tokens that it may have, and those that it may have now
-    limit: int
-    completion: Completion
-    text: TextStream | None = None
-    pages: list[int] = field(default_factory=list)
-    cached: int = 0  # tokens, of the prompt and its own; all but the last, while it runs
-    draft: int | None = None  # a guess at the next token
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.completion.tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Sequences of one text, which is cached once for all of them."""
-
-    request: Request
-    sequences: deque[_Sequence]
-    text: list[int]
-    pages: list[int] = field(default_factory=list)
-    cached: int = 0
-    hidden_H: Tensor | None = None
 
 
 class Scheduler:
@@ -135,13 +71,13 @@ class Scheduler:
         self.decoder = Decoder(trainer, cache_tokens, drafts=speculate)
         self.pages = self.decoder.pages
         self.weight_version = 0
-        self.waiting: deque[_Group] = deque()
-        self.prefilling: deque[_Group] = deque()
-        self.ready: deque[_Group] = deque()
-        self.running: list[_Sequence] = []
+        self.waiting: deque[Group] = deque()
+        self.prefilling: deque[Group] = deque()
+        self.ready: deque[Group] = deque()
+        self.running: list[Sequence] = []
         self.table = BlockTable(self.pages.for_tokens(self.limit))
         self._aborted: set[Any] = set()
-        self._spent: list[_Sequence] = []  # begun completions that may have no more tokens
+        self._spent: list[Sequence] = []  # begun completions that may have no more tokens
         self._open, self._all_idle = True, False
         self.counts = dict.fromkeys(
             ("tokens_generated", "tokens_prefilled", "evictions", "drafts_proposed", "drafts_accepted"), 0
@@ -178,13 +114,13 @@ class Scheduler:
             )
         numbers = streams(request.seed, range(request.copies)).tolist()
         begun = [completion.copy() for completion in request.begun] or [Completion() for _ in numbers]
-        same: dict[tuple[int, ...], _Group] = {}
+        same: dict[tuple[int, ...], Group] = {}
         for copy, (stream, completion) in enumerate(zip(numbers, begun, strict=True)):
             if not completion.open:
                 continue
             completion.finish_reason = None
             limit = min(budget, len(completion.tokens) + (request.max_new_tokens or budget))
-            sequence = _Sequence(request, copy, stream, budget, limit, completion)
+            sequence = Sequence(request, copy, stream, budget, limit, completion)
             if len(completion.tokens) >= budget:
                 self._spent.append(sequence)
                 continue
@@ -193,7 +129,7 @@ class Scheduler:
                 for token in completion.tokens:
                     sequence.text.push(token)
             text = [*request.prompt, *completion.tokens]
-            same.setdefault(tuple(completion.tokens), _Group(request, deque(), text)).sequences.append(sequence)
+            same.setdefault(tuple(completion.tokens), Group(request, deque(), text)).sequences.append(sequence)
         self.waiting.extend(same.values())
         self._all_idle = False
 
@@ -255,15 +191,15 @@ class Scheduler:
     def _has_work(self) -> bool:
         return bool(self.running or self.waiting or self.prefilling or self.ready or self._aborted or self._spent)
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> list[Group]:
         """All that is not finished, the oldest first."""
         running = [self._alone(sequence) for sequence in self.running]
         return [*running, *self.ready, *self.prefilling, *self.waiting]
 
-    def _alone(self, sequence: _Sequence) -> _Group:
-        return _Group(sequence.request, deque([sequence]), [*sequence.request.prompt, *sequence.tokens], sequence.pages)
+    def _alone(self, sequence: Sequence) -> Group:
+        return Group(sequence.request, deque([sequence]), [*sequence.request.prompt, *sequence.tokens], sequence.pages)
 
-    def _release(self, groups: Sequence[_Group]) -> None:
+    def _release(self, groups: collections.abc.Sequence[Group]) -> None:
         for group in groups:
             self.pages.release(group.pages)
             group.pages, group.cached, group.hidden_H = [], 0, None
@@ -338,14 +274,14 @@ class Scheduler:
         self.waiting.appendleft(group)
         self.counts["evictions"] += 1
 
-    def _keep(self, rows: Sequence[int]) -> None:
+    def _keep(self, rows: collections.abc.Sequence[int]) -> None:
         if len(rows) < len(self.running):
             self.running = [self.running[row] for row in rows]
             self.table.keep(rows)
 
     # ------------------------------------------------------------------------------------------------ the forwards
 
-    def _decode(self) -> tuple[list[_Sequence], Tensor | None]:
+    def _decode(self) -> tuple[list[Sequence], Tensor | None]:
         """Every running sequence's last token and, where there is one, the guess at its next go into the cache."""
         self._make_room()
         rows, tokens, positions = [], [], []
@@ -392,9 +328,9 @@ class Scheduler:
                 group.hidden_H = None if hidden_TH is None else hidden_TH[row]
                 self.ready.append(group)
 
-    def _begin(self, sequences: list[_Sequence], hidden_TH: Tensor | None) -> tuple[list[_Sequence], Tensor | None]:
+    def _begin(self, sequences: list[Sequence], hidden_TH: Tensor | None) -> tuple[list[Sequence], Tensor | None]:
         """Sequences of prefilled texts join the running ones, as rows and pages allow."""
-        new: list[_Sequence] = []
+        new: list[Sequence] = []
         hidden: list[Tensor] = []
         copied: list[tuple[int, int]] = []
         while self.ready and len(self.running) < self.max_sequences:
@@ -412,7 +348,7 @@ class Scheduler:
                 break
             else:  # nobody will give a page: the others' text is cached once more, later
                 rest = list(group.sequences)[1:]
-                self.waiting.appendleft(_Group(group.request, deque(rest), group.text))
+                self.waiting.appendleft(Group(group.request, deque(rest), group.text))
                 group.sequences, sequence.pages = deque([sequence]), group.pages
             sequence.cached = length
             new.append(sequence)
@@ -429,11 +365,11 @@ class Scheduler:
                 hidden_TH = torch.cat([hidden_TH, torch.stack(hidden)])
         return sequences + new, hidden_TH
 
-    def _advance(self, sequences: list[_Sequence], hidden_TH: Tensor | None) -> list[Update]:
+    def _advance(self, sequences: list[Sequence], hidden_TH: Tensor | None) -> list[Update]:
         """What is drawn after these hidden states, one for each sequence and one for each guess."""
         rows = [s for s in sequences for _ in range(1 if s.draft is None else 2)]
         places = [len(s.tokens) + ahead for s in sequences for ahead in range(1 if s.draft is None else 2)]
-        drawn = self._draw(hidden_TH, rows, places)
+        tokens = self._draw(hidden_TH, rows, places)
         updates: list[Update] = []
         kept: list[int] = []
         row = 0
@@ -441,13 +377,13 @@ class Scheduler:
         for index, sequence in enumerate(sequences):
             update, last = Update(sequence.request.id, sequence.copy, [], [], []), row
             updates.append(update)
-            reason = self._give(sequence, update, drawn[row])
+            reason = self._give(sequence, update, tokens[row])
             right = sequence.draft is not None and sequence.draft == sequence.tokens[-1]
             self.counts["drafts_proposed"] += sequence.draft is not None
             self.counts["drafts_accepted"] += right
             row += 1 if sequence.draft is None else 2
             if right and reason is None:
-                reason = self._give(sequence, update, drawn[last + 1])
+                reason = self._give(sequence, update, tokens[last + 1])
                 sequence.cached += 1
             if reason is not None:
                 self._finish(sequence, update, reason)
@@ -481,47 +417,12 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------ the tokens
 
     def _draw(
-        self, hidden_TH: Tensor | None, rows: list[_Sequence], places: list[int], guess: bool = False
+        self, hidden_TH: Tensor | None, rows: list[Sequence], places: list[int], guess: bool = False
     ) -> list[list[float]]:
-        """For each row the token, its log-probability, and of the likeliest first the ids and then the same. Some rows
-        at a time: a vocabulary of 129,280 in float64 is 1 MB a row."""
-        drawn = []
-        for begin in range(0, len(rows), DRAWN_ROWS):
-            part = slice(begin, begin + DRAWN_ROWS)
-            drawn += self._draw_some(None if hidden_TH is None else hidden_TH[part], rows[part], places[part], guess)
-        return drawn
+        asked = [(s.request.sampling, s.stream, place) for s, place in zip(rows, places, strict=True)]
+        return drawn(self.decoder, self.vocab_size, hidden_TH, asked, guess)
 
-    def _draw_some(
-        self, hidden_TH: Tensor | None, rows: list[_Sequence], places: list[int], guess: bool
-    ) -> list[list[float]]:
-        parameters = [sequence.request.sampling for sequence in rows]
-        count = 0 if guess else min(max(p.top_logprobs for p in parameters), self.vocab_size)
-        logits_TV = self.decoder.logits(hidden_TH, self.vocab_size)
-        drawn = None
-        if hidden_TH is not None and logits_TV is not None:
-            rules = Rules(parameters, self.decoder.device)
-            ids = draw(logits_TV, self._integers([s.stream for s in rows]), self._integers(places), rules)
-            if guess:
-                columns = [ids[:, None]]
-            else:
-                logprobs, top_ids, top = reported(logits_TV, ids, rules)
-                if self.trainer.parallel.numerics == "exact":
-                    logprobs = self._exact_logprobs(hidden_TH, ids, parameters)
-                columns = [ids[:, None], logprobs[:, None], top_ids, top]
-            drawn = torch.cat([column.double() for column in columns], 1)
-        width = 1 if guess else 2 + 2 * count
-        return self.decoder.share(drawn, (len(rows), width), torch.float64).tolist()
-
-    def _exact_logprobs(self, hidden_TH: Tensor, ids_T: Tensor, parameters: list[SamplingParameters]) -> Tensor:
-        """By the kernel that training uses; a row's result does not depend on the others."""
-        logprobs_T = torch.empty(len(ids_T), device=ids_T.device)
-        temperatures = [p.reported_temperature for p in parameters]
-        for temperature in set(temperatures):
-            at = self._integers([i for i, t in enumerate(temperatures) if t == temperature])
-            logprobs_T[at] = self.decoder.logprobs(hidden_TH[at], ids_T[at], temperature, self.vocab_size)
-        return logprobs_T
-
-    def _give(self, sequence: _Sequence, update: Update, drawn: list[float]) -> FinishReason | None:
+    def _give(self, sequence: Sequence, update: Update, drawn: list[float]) -> FinishReason | None:
         """One more token; the reason why it is the last, if it is."""
         sampling, completion, token = sequence.request.sampling, sequence.completion, int(drawn[0])
         count = (len(drawn) - 2) // 2
@@ -544,7 +445,7 @@ class Scheduler:
             return None
         return "length" if sequence.limit == sequence.budget else "deadline"
 
-    def _finish(self, sequence: _Sequence, update: Update, reason: FinishReason) -> Update:
+    def _finish(self, sequence: Sequence, update: Update, reason: FinishReason) -> Update:
         self.pages.release(sequence.pages)
         sequence.pages = []
         if sequence.text is not None:
@@ -555,11 +456,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------ small things
 
-    def _integers(self, values: Sequence[int]) -> Tensor:
+    def _integers(self, values: collections.abc.Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.decoder.device)
 
-    def _tables(self, rows: Sequence[int]) -> Tensor:
+    def _tables(self, rows: collections.abc.Sequence[int]) -> Tensor:
         """The pages of these running sequences, no wider than the longest needs."""
         width = max((len(sequence.pages) for sequence in self.running), default=1)
         table = self.table.rows[np.asarray(rows, dtype=np.int64), :width]
         return torch.from_numpy(table).to(self.decoder.device)
+
+
+__all__ = ["Request", "Scheduler", "Update"]
