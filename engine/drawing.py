@@ -37,12 +37,13 @@ def _drawn_rows(
     columns_TC = None
     if hidden_TH is not None and logits_TV is not None:
         rules = Rules(parameters, decoder.device)
-        ids = draw(logits_TV, *(torch.tensor(x, device=decoder.device) for x in (streams, places)), rules)
+        streams_T, places_T = (torch.tensor(x, dtype=torch.int64, device=decoder.device) for x in (streams, places))
+        ids = draw(logits_TV, streams_T, places_T, rules)
         if guess:
             columns = [ids[:, None]]
         else:
             logprobs, top_ids, top = reported(logits_TV, ids, rules)
-            if decoder.trainer.parallel.numerics == "exact":
+            if decoder.exact:
                 logprobs = _exact_logprobs(decoder, vocab_size, hidden_TH, ids, parameters)
             columns = [ids[:, None], logprobs[:, None], top_ids, top]
         columns_TC = torch.cat([column.double() for column in columns], 1)

@@ -56,7 +56,8 @@ class Decoder:
         self.chunks = trainer.chunks
         self.drafts = drafts
         self.split = trainer.parallel.tensor if trainer.parallel.sequence else 1
-        size = PAGE if trainer.parallel.numerics == "exact" or self.device.type == "cuda" else SMALL_PAGE
+        self.exact = trainer.parallel.numerics == "exact"
+        size = PAGE if self.exact or self.device.type == "cuda" else SMALL_PAGE
         self.pages = Pages(1 + -(-tokens // size), size)
         self.caches: dict[int, tuple[Tensor, ...]] = {}
         experts = trainer.parallel.expert * trainer.parallel.expert_tensor
@@ -158,7 +159,7 @@ class Decoder:
         if hidden_TH is None:
             return None
         model = self.chunks[-1]
-        linear = exact_linear if self.trainer.parallel.numerics == "exact" else torch.nn.functional.linear
+        linear = exact_linear if self.exact else torch.nn.functional.linear
         with numerics(self.trainer.parallel.numerics):
             logits_TV = model.head(hidden_TH, lambda h, w: linear(h.float(), w.float()))
         group = model.pg_collection.tp
