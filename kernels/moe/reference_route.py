@@ -72,7 +72,7 @@ def _best(x_TE: Tensor, count: int) -> Tensor:
     unstable sorts name any."""
     E = x_TE.shape[1]
     if x_TE.numel() <= SORTED:  # so few that the number of operations counts, not their size
-        return x_TE.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return x_TE.sort(dim=1, descending=True, stable=True).indices[:, :count].contiguous()
     best: list[Tensor] = []
     if x_TE.dtype != torch.float32:
         for _ in range(count):
