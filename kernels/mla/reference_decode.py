@@ -67,6 +67,8 @@ def _parts(block_table_BM: Tensor, seq_lens_B: Tensor, block_size: int) -> list[
         if size == block_size and _same(table, block_table_BM) and _same(lens, seq_lens_B):
             return found
     checked_lengths(seq_lens_B, block_table_BM, block_size)
+    # Copies: what is kept must not change with the caller's tensors.
+    block_table_BM, seq_lens_B = block_table_BM.clone(), seq_lens_B.clone()
     lengths = seq_lens_B.tolist()
     parts: list[list[int]] = []
     for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
@@ -85,7 +87,7 @@ def _parts(block_table_BM: Tensor, seq_lens_B: Tensor, block_size: int) -> list[
         # Entries of the table beyond a sequence's end may hold anything.
         pages = table[:, :width].masked_fill(unused_BL[:, ::block_size], 0).flatten()
         found.append(_Alike(rows_B, lens, pages, unused_BL, unused_BL.flatten().nonzero().squeeze(1)))
-    _last_batch = block_table_BM.clone(), seq_lens_B.clone(), block_size, found
+    _last_batch = block_table_BM, seq_lens_B, block_size, found
     return found
 
 
