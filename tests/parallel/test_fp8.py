@@ -329,6 +329,16 @@ def test_weights_are_quantised_once_a_step(small_problem: Problem, monkeypatch: 
     assert len(calls) == 3 * weights, "what reading quantised serves the step"
 
 
+def test_what_rollout_quantised_serves_the_step(small_problem: Problem) -> None:
+    trainer = Trainer(MODELS["deepseek"], BLOCK, join(BLOCK), seed=7, adam=ADAM)
+    with torch.inference_mode():
+        for holder in _holders(trainer):
+            holder.quantized()
+    kept = [x for holder in _holders(trainer) for x in _bits(holder.quantized())]
+    assert not any(x.is_inference() for x in kept), "autograd could not keep it"
+    trainer.train_step(small_problem.batches(), LOSSES["supervised"], LEARNING_RATE)
+
+
 def _bits(kept: Any) -> list[torch.Tensor]:
     flat = [kept] if torch.is_tensor(kept) else [x for part in kept for x in _bits(part)]
     return [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in flat]
