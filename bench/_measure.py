@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from r1.kernels.backend import backends
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
@@ -133,6 +135,11 @@ def show_beside_a_copy(title: str, records: list[Record]) -> None:
         rate = f"{r['gigabytes_per_second']:.4g}"
         rows.append([*row, f"{r['seconds'] * 1e3:.3f}", rate, f"{r['of_a_copy']:.2f}", error])
     show(title, ["", "shape", "ms", "GB/s", "of a copy", "error"], rows)
+
+
+def ours(family: str, device: str) -> list[str]:
+    """The contenders that are r1, one for each of the family's backends on this device."""
+    return [f"r1 {name}" for name in backends(family, device)]
 
 
 def with_kernels(name: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -61,10 +61,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def ours(call: Callable[[], Any], device: str) -> Calls:
-    backends = ["torch"]
-    if device == "cuda":
-        backends += ["triton", "cuda"] if importlib.util.find_spec("r1._cuda") else ["triton"]
-    return {f"r1 {name}": _measure.with_kernels(f"r1 {name}", call) for name in backends}
+    return {name: _measure.with_kernels(name, call) for name in _measure.ours("fp8", device)}
 
 
 def scaled_mm(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:

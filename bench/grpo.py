@@ -138,8 +138,7 @@ def contenders(device: str, p_tokens: int) -> dict[str, dict[str, Callable[[Prob
         tasks["grpo"]["Liger"] = _liger_grpo
         if device == "cuda":
             tasks["cross_entropy"]["Liger"] = _liger_cross_entropy
-    for backend in ("torch", "triton") if device == "cuda" else ("torch",):
-        name = f"r1 {backend}"
+    for name in _measure.ours("grpo", device):
         tasks["logprob"][name] = lambda p: linear_logprob(*_args(p))
         tasks["logprob"][f"{name} with entropy"] = lambda p: linear_logprob(*_args(p), return_entropy=True)[0]
         tasks["cross_entropy"][name] = lambda p: linear_cross_entropy(*_args(p)).mean()

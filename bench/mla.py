@@ -50,10 +50,6 @@ def _record(task: str, name: str, shape: str, **values: Any) -> _measure.Record:
     return {"task": task, "name": name, "shape": shape, **values}
 
 
-def _ours(device: str) -> list[str]:
-    return ["r1 torch", "r1 triton"] if device == "cuda" else ["r1 torch"]
-
-
 def whole_heads(q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys with their rope part, and values padded to `width`."""
     if rope is not None:
@@ -124,7 +120,9 @@ def measure_training(
         out = forward(attend, given)
         return [out.detach(), *torch.autograd.grad(out, given, up)]
 
-    contenders = _peers(device) | dict.fromkeys(_ours(device), by_r1)
+    # The cpu backend decodes; it leaves training to the torch backend.
+    ours = [name for name in _measure.ours("mla", device) if name != "r1 cpu"]
+    contenders = _peers(device) | dict.fromkeys(ours, by_r1)
     want: list[Tensor] = []
     if exact:
         doubled = [x.detach().double().requires_grad_() for x in leaves]
@@ -187,14 +185,14 @@ def measure_decode(label: str, shape: tuple[int, ...], device: str, repeats: int
 
         contenders["FlashMLA"] = their_decode
     ours = lambda: mla_decode(q, cache, table, lens, scale, R)
-    contenders |= {name: _measure.with_kernels(name, ours) for name in _ours(device)}
+    contenders |= {name: _measure.with_kernels(name, ours) for name in _measure.ours("mla", device)}
     token_bytes = dict.fromkeys(contenders, (R + rope) * q.element_size())
     if R % 128 == 0:
         size, token = fp8_latent_bytes(R, rope), torch.arange(B * L, device=device)
         fp8_cache = torch.empty(*cache.shape[:2], size, dtype=torch.uint8, device=device)
         append_kv(fp8_cache, cache.flatten(0, 1), token[:, None] // page, token % page)
         ours_fp8 = lambda: mla_decode(q, fp8_cache, table, lens, scale, R)
-        for name in _ours(device):
+        for name in _measure.ours("mla", device):
             contenders[f"{name}, FP8 cache"] = _measure.with_kernels(name, ours_fp8)
             token_bytes[f"{name}, FP8 cache"] = size
     few = slice(0, 4)  # sequences whose error is looked at: float64 is slow

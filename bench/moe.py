@@ -71,10 +71,6 @@ def _record(task: str, name: str, shape: str, load: str, **values: Any) -> _meas
     return {"task": task, "name": name, "shape": shape, "load": load, **values}
 
 
-def _backends(device: str) -> list[str]:
-    return ["torch", "triton"] if device == "cuda" else ["torch"]
-
-
 def _both(function: Callable[..., Tensor], leaves: list[Tensor], rest: Callable[..., tuple], up: Tensor) -> Any:
     out = function(*rest(*leaves))
     return (out.detach(), *torch.autograd.grad(out, leaves, up))
@@ -100,7 +96,7 @@ def measure_experts(label: str, shape: tuple[int, ...], T: int, device: str, rep
         contenders: dict[str, Callable[..., Tensor]] = {"loop over experts": loop}
         if device == "cuda":
             contenders["torch._grouped_mm"] = grouped_mm
-        contenders |= {f"r1 {backend}": moe_layer for backend in _backends(device)}
+        contenders |= dict.fromkeys(_measure.ours("moe", device), moe_layer)
         both, forward = {}, {}
         for name, function in contenders.items():
             call = lambda f=function, a=arguments: _both(f, leaves, a, up)
@@ -161,7 +157,7 @@ def measure_routing(label: str, shape: tuple[int, ...], T: int, device: str, rep
 
     records = []
     for task, plain, ours in (("route", plain_route, our_route), ("permute", plain_permute, our_permute)):
-        names = {"plain torch": plain} | {f"r1 {backend}": ours for backend in _backends(device)}
+        names = {"plain torch": plain} | dict.fromkeys(_measure.ours("moe", device), ours)
         calls = {name: _measure.with_kernels(name, call) for name, call in names.items()}
         for name, took in _measure.side_by_side(calls, device, repeats * 3).items():
             # permute and back: x read, P rows written, read again, one result written
@@ -234,7 +230,7 @@ def measure_layer(label: str, shape: tuple[int, ...], T: int, device: str, repea
     calls = {}
     for name, layer in {
         "Megatron MoELayer, SequentialMLP": theirs,
-        **{f"r1 {b}": ours for b in _backends(device)},
+        **dict.fromkeys(_measure.ours("moe", device), ours),
     }.items():
         layer.to(device)
 

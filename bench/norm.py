@@ -98,7 +98,7 @@ def contest(
 
 def with_ours(peers: dict[str, Function], ours: Function, plain: Function, device: str) -> dict[str, Function]:
     compiled = {"torch.compile": torch.compile(plain, dynamic=False)} if device == "cuda" else {}
-    return {**peers, **compiled, **{f"r1 {b}": ours for b in (["torch", "triton"] if device == "cuda" else ["torch"])}}
+    return {**peers, **compiled, **dict.fromkeys(_measure.ours("norm", device), ours)}
 
 
 def measure_norm(shape: tuple[int, ...], device: str, repeats: int) -> list[_measure.Record]:

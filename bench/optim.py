@@ -48,7 +48,7 @@ def shapes(parameters: int, count: int) -> list[tuple[int, ...]]:
     return [(vector,) if i % 5 == 4 else (rows, width) for i in range(count)]
 
 
-def ours(backend: str, task: str, weights: Tensors, grads: Tensors, masters: Tensors | None) -> Step:
+def ours(name: str, task: str, weights: Tensors, grads: Tensors, masters: Tensors | None) -> Step:
     moments = [[torch.zeros_like(w, dtype=KINDS[task][2]) for w in weights] for _ in range(2)]
     step, settings = 0, {k: v for k, v in SETTINGS.items() if k != "betas"}
 
@@ -60,7 +60,7 @@ def ours(backend: str, task: str, weights: Tensors, grads: Tensors, masters: Ten
             stochastic_rounding=masters is None and weights[0].dtype == torch.bfloat16, **settings,
         )  # fmt: skip
 
-    return _measure.with_kernels(f"r1 {backend}", call)
+    return _measure.with_kernels(name, call)
 
 
 def of_torch(weights: Tensors, grads: Tensors, masters: Tensors | None, **how: bool) -> Step:
@@ -80,8 +80,7 @@ def of_transformer_engine(weights: Tensors, grads: Tensors, masters: Tensors | N
 
 
 def contenders(task: str, device: str) -> dict[str, Callable[..., Step]]:
-    backends = ["torch", "triton"] if device == "cuda" else ["torch"]
-    found = {f"r1 {b}": functools.partial(ours, b, task) for b in backends}
+    found = {name: functools.partial(ours, name, task) for name in _measure.ours("optim", device)}
     if task != "AdamW, float32":
         return found
     peers: dict[str, Callable[..., Step]] = {
@@ -135,8 +134,8 @@ def measure_norm(size: tuple[int, int], device: str, repeats: int) -> list[_meas
     count = sum(g.numel() for g in grads)
     exact = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()
     calls: dict[str, Step] = {"torch's, foreach": lambda: (torch.nn.utils.get_total_norm(grads, foreach=True),)}
-    for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
-        calls[f"r1 {backend}"] = _measure.with_kernels(f"r1 {backend}", lambda: (grad_norm(grads),))
+    for name in _measure.ours("optim", device):
+        calls[name] = _measure.with_kernels(name, lambda: (grad_norm(grads),))
     base = {"task": "gradient norm", "shape": f"{count} in {len(grads)} tensors"}
     return _measure.beside_a_copy(base, calls, (exact,), 4 * count, device, repeats)
 

@@ -1,9 +1,9 @@
 """Which implementation runs an operator, and how operators enter torch.library.
 
 A family has implementations, Python modules with the same function names: `torch` (reference.py, the definition),
-perhaps `triton` and `cuda`, and `flash_attn` in one family. R1_KERNELS=cuda|triton|flash_attn|torch forces one,
-R1_KERNELS=grpo=triton,moe=torch one for some families; `auto`, the default, takes the first of them that has passed its
-tests on this kind of device, which on a CPU is `torch`.
+perhaps `triton`, `cuda` and `cpu` (in C++), and `flash_attn` in one family. R1_KERNELS=cuda|triton|flash_attn|cpu|torch
+forces one, R1_KERNELS=grpo=triton,moe=torch one for some families; `auto`, the default, takes the first of them that
+has passed its tests on this kind of device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "flash_attn", "torch")  # in the order that `auto` prefers
+BACKENDS = ("cuda", "triton", "flash_attn", "cpu", "torch")  # in the order that `auto` prefers
+
+NEEDS = {
+    "cuda": ("triton", "r1._cuda"),
+    "triton": ("triton",),
+    "flash_attn": ("triton", "flash_attn"),
+    "cpu": ("r1._cpu",),
+}
+DEVICE_OF = {"cuda": "cuda", "flash_attn": "cuda", "cpu": "cpu"}
 
 LIBRARY = torch.library.Library("r1", "DEF")
 
@@ -30,15 +38,20 @@ def register(family: str, backend: str, module: ModuleType | str, proven_on: tup
     """Adds an implementation; `proven_on` names the device types ("cpu", "cuda") where `auto` may take it.
 
     A module given by its name is imported when it is first wanted. Left out are those whose packages are not installed,
-    and CUDA's where r1._cuda was not built.
+    and those in C++ where r1._cuda or r1._cpu was not built.
     """
-    needs = {"triton": ("triton",), "cuda": ("triton", "r1._cuda"), "flash_attn": ("triton", "flash_attn")}.get(
-        backend, ()
-    )
-    if any(importlib.util.find_spec(package) is None for package in needs):
+    if any(importlib.util.find_spec(package) is None for package in NEEDS.get(backend, ())):
         return
     _implementations.setdefault(family, {})[backend] = module
     _proven[family, backend] = frozenset(proven_on)
+
+
+def backends(family: str, device_type: str) -> list[str]:
+    """The names of the backends of `family` that this machine has for tensors on such a device, but for flash_attn,
+    which is for some of an operator's inputs. On a CPU Triton, which its interpreter runs, is left out."""
+    others = {"cpu": ("triton",)}.get(device_type, ())
+    found = (b for b in reversed(BACKENDS) if b in _implementations[family] and b not in ("flash_attn", *others))
+    return [b for b in found if DEVICE_OF.get(b, device_type) == device_type]
 
 
 def backend(family: str, device: torch.device) -> str:
@@ -62,7 +75,7 @@ def backend(family: str, device: torch.device) -> str:
         raise ValueError(f"R1_KERNELS is {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}")
     if wanted not in available:
         raise ValueError(f"R1_KERNELS is {wanted!r}, but the {family} family has only: {', '.join(available)}")
-    if wanted in ("cuda", "flash_attn") and device.type != "cuda":
+    if device.type != DEVICE_OF.get(wanted, device.type):
         raise ValueError(f"R1_KERNELS is {wanted!r}, but the tensors are on {device}")
     if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("R1_KERNELS is 'triton', but tensors on a CPU need Triton's interpreter: TRITON_INTERPRET=1")

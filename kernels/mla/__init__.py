@@ -15,6 +15,7 @@ from r1.kernels.backend import operator, register, require, wide
 from r1.kernels.mla import reference, reference_decode
 
 register("mla", "torch", reference, proven_on=("cpu", "cuda"))
+register("mla", "cpu", "r1.kernels.mla.cpu", proven_on=("cpu",))
 register("mla", "triton", "r1.kernels.mla.triton", proven_on=())
 register("mla", "flash_attn", "r1.kernels.mla.flash_attention", proven_on=())
 

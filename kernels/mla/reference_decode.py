@@ -20,21 +20,25 @@ MAX_DECODED = 2**20  # tokens that are gathered at a time, of several sequences
 MIN_DECODED = 64  # tokens, of the longest of several sequences, below which all are decoded in one batch
 
 
+def no_room(name: str, value: int, bound: str, block_table_BM: Tensor, block_size: int) -> ValueError:
+    width = block_table_BM.shape[1]
+    room = f"{width} pages x {block_size} = {width * block_size}"
+    return ValueError(f"{name} holds {value}, wanted {bound} the table's {room}")
+
+
 def checked_lengths(seq_lens_B: Tensor, block_table_BM: Tensor, block_size: int) -> int:
     """How many pages the longest has; ValueError if the table has fewer."""
-    longest, width = int(seq_lens_B.max()) if len(seq_lens_B) else 0, block_table_BM.shape[1]
+    longest = int(seq_lens_B.max()) if len(seq_lens_B) else 0
     pages = -(-longest // block_size)
-    if pages > width:
-        room = f"{width} pages x {block_size} = {width * block_size}"
-        raise ValueError(f"seq_lens_B holds {longest}, wanted at most the table's {room}")
+    if pages > block_table_BM.shape[1]:
+        raise no_room("seq_lens_B", longest, "at most", block_table_BM, block_size)
     return pages
 
 
 def checked_positions(positions_B: Tensor, block_table_BM: Tensor, block_size: int) -> None:
-    last, width = int(positions_B.max()) if len(positions_B) else -1, block_table_BM.shape[1]
-    if last >= width * block_size:
-        room = f"{width} pages x {block_size} = {width * block_size}"
-        raise ValueError(f"positions_B holds {last}, wanted less than the table's {room}")
+    last = int(positions_B.max()) if len(positions_B) else -1
+    if last >= block_table_BM.shape[1] * block_size:
+        raise no_room("positions_B", last, "less than", block_table_BM, block_size)
 
 
 class _Alike(NamedTuple):

@@ -12,6 +12,7 @@ from r1.kernels.backend import register, require, wide
 from r1.kernels.moe import operators, reference
 
 register("moe", "torch", reference, proven_on=("cpu", "cuda"))
+register("moe", "cpu", "r1.kernels.moe.cpu", proven_on=("cpu",))
 register("moe", "triton", "r1.kernels.moe.triton", proven_on=())
 
 SCORES = ("sigmoid", "softmax")

@@ -15,6 +15,7 @@ from r1.kernels.backend import operator, register, require, wide
 from r1.kernels.norm import reference
 
 register("norm", "torch", reference, proven_on=("cpu", "cuda"))
+register("norm", "cpu", "r1.kernels.norm.cpu", proven_on=("cpu",))
 register("norm", "triton", "r1.kernels.norm.triton", proven_on=())
 
 YARN_KEYS = ("factor", "original_max_positions", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

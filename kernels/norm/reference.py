@@ -41,7 +41,8 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool,
         return _exact_rope(x, cos, sin, interleaved).to(x_TND.dtype)
     if interleaved:
         # Neighbours (2i, 2i + 1) are one complex number, turned by multiplication.
-        pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (half, 2)))
+        x = x.clone() if x.storage_offset() % 2 else x.contiguous()
+        pairs = torch.view_as_complex(x.unflatten(-1, (half, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x_TND.dtype)
     first, second = x[..., :half], x[..., half:]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

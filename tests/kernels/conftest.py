@@ -24,3 +24,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu"])
+def on_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend that runs the families of a layer on a CPU."""
+    if request.param == "cpu":
+        pytest.importorskip("r1._cpu", reason="r1._cpu is built only where a C++ compiler is found")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R1_KERNELS", ",".join(f"{family}={request.param}" for family in ("norm", "moe", "mla")))
+        yield request.param

@@ -11,6 +11,7 @@ from r1.kernels.mla import reference
 from tests.kernels.helpers import check_operator, leaf, ragged
 
 F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("on_cpu")
 NAN = float("nan")
 
 

@@ -13,6 +13,7 @@ from r1.kernels.moe import reference_route
 from tests.kernels.helpers import check_operator, leaf
 
 F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.mark.parametrize(

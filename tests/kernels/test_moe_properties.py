@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1.kernels import moe_layer, permute, route, sequence_balance_loss, unpermute
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @st.composite

@@ -13,6 +13,8 @@ from transformers.models.llama import modeling_llama as llama
 from r1.kernels import apply_rope, rms_norm, rope_tables, yarn_softmax_scale
 from tests.kernels.helpers import check_operator, leaf
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 YARN = {
     "factor": 40.0, "original_max_positions": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
     "mscale_all_dim": 1.0,
