@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,13 @@ def register(family: str, backend: str, module: ModuleType | str, proven_on: tup
     """
     if any(importlib.util.find_spec(package) is None for package in NEEDS.get(backend, ())):
         return
+    if backend == "cpu":
+        # `auto` takes it: where it was built and does not load, it must not be what an operator fails for.
+        try:
+            importlib.import_module("r1._cpu")
+        except ImportError as error:
+            warnings.warn(f"r1._cpu was built and does not load ({error}); plain torch takes its place", stacklevel=2)
+            return
     _implementations.setdefault(family, {})[backend] = module
     _proven[family, backend] = frozenset(proven_on)
 

@@ -24,7 +24,7 @@ _exact = False
 
 @contextlib.contextmanager
 def numerics(kind: str) -> Iterator[None]:
-    """Within it operators of the torch and Triton backends compute as `kind` says: "fast", the default, or "exact".
+    """Within it the torch, cpu and Triton backends compute as `kind` says: "fast", the default, or "exact".
 
     Under "exact" forward results depend on nothing but their own row, so that rollout and training, which see other
     batches, give the same bits. Gradients are right, and promise no more than under "fast". Raises ValueError for

@@ -1,7 +1,5 @@
-"""What the cpu backend's modules share: r1._cpu, C++ for tensors of float32 on a CPU (csrc/cpu).
-
-What it does not compute, other types and exact numerics, the torch backend does.
-"""
+"""What the cpu backend's modules share. They call r1._cpu, C++ for tensors of float32 on a CPU (csrc/cpu); what that
+does not compute, other types and exact numerics, the torch backend does."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from r1.kernels.exact import is_exact
 
 
 def computes(*tensors: Tensor | None) -> bool:
-    """Whether these floating tensors are of the type that r1._cpu computes, and numerics are fast."""
-    return not is_exact() and all(x is None or x.dtype == torch.float32 for x in tensors)
+    """Whether these floating tensors are what r1._cpu computes, and numerics are fast."""
+    return not is_exact() and all(x is None or (x.dtype == torch.float32 and x.is_cpu) for x in tensors)
 
 
 def address(x: Tensor | None) -> int:

@@ -8,8 +8,8 @@
 namespace r1::cpu {
 
 const Kernels R1_INSTRUCTIONS = {
-    rms_norm,        rms_norm_backward, apply_rope, route,  route_backward,  sort_by_expert, experts_forward,
-    experts_backward, sum_pairs,        swiglu,     swiglu_backward, decode, append,
+    rms_norm,         rms_norm_backward, apply_rope, route,           route_backward, sort_by_expert, experts_forward,
+    experts_backward, sum_pairs,         swiglu,     swiglu_backward, decode,         append,
 };
 
 }  // namespace r1::cpu

@@ -13,7 +13,7 @@ struct Kernels {
                    float *out, float *scales, int threads);
   void (*rms_norm_backward)(const float *grad, int64_t grad_stride, const float *x, int64_t x_stride,
                             const float *weight, const float *scales, int64_t rows, int64_t width, float *grad_x,
-                            float *grad_weight, int threads);
+                            float *grad_weight, float *parts, int64_t count, int threads);
   void (*apply_rope)(const float *x, int64_t token_stride, int64_t head_stride, const float *cos, const float *sin,
                      int64_t tokens, int64_t heads, int64_t half, bool interleaved, bool inverse, float *out,
                      int threads);
@@ -37,11 +37,11 @@ struct Kernels {
                  int threads);
   void (*swiglu_backward)(const float *grad, const float *gate_up, int64_t stride, const float *weights, int64_t rows,
                           int64_t width, float *grad_gate_up, float *grad_weights, int threads);
-  int64_t (*decode)(const float *q, const float *k, const float *v, int64_t k_token_stride, int64_t v_token_stride,
-                    int64_t k_head_stride, int64_t v_head_stride, const int32_t *pages, int64_t table_width,
-                    int64_t page_size, int64_t cached_pages, const int32_t *lengths, int64_t batch, int64_t heads,
-                    int64_t key_heads, int64_t width, int64_t value_width, float scale, float *out, int threads);
-  int64_t (*append)(float *cache, const float *rows, const int32_t *pages, int64_t table_width, int64_t page_size,
+  int64_t (*decode)(const float *q, const float *k, const float *v, int64_t k_width, int64_t v_width,
+                    const int64_t *pages, int64_t table_width, int64_t page_size, int64_t cached_pages,
+                    const int64_t *lengths, int64_t batch, int64_t heads, int64_t key_heads, int64_t width,
+                    int64_t value_width, float scale, float *out, int threads);
+  int64_t (*append)(float *cache, const float *rows, const int64_t *pages, int64_t table_width, int64_t page_size,
                     int64_t cached_pages, const int64_t *positions, int64_t batch, int64_t width);
 };
 

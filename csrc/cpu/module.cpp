@@ -21,8 +21,8 @@ std::vector<std::pair<std::string, const Kernels *>> available() {
 #ifdef R1_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
     found.emplace_back("avx2", &r1::cpu::avx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))
       found.emplace_back("avx512", &r1::cpu::avx512);
   }
 #endif

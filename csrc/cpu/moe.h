@@ -1,17 +1,15 @@
 // Routing, the sort by expert, and the experts' products.
 #pragma once
 
-#include <cmath>
-
 #include "product.h"
 
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 64;  // of an expert, that one thread takes at a time
 
-// Bits that are ordered as the numbers are; of the two zeros one is made.
+// Bits that are ordered as the numbers are. What is no number is the lowest; -0, which no score is, is below 0.
 inline int32_t ordered(float x) {
-  x = x != x ? -__builtin_inff() : x + 0.0f;
+  if (x != x) x = -__builtin_inff();
   int32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
@@ -68,7 +66,7 @@ inline void keep_groups(float *choice, int32_t *keys, int32_t *group_keys, int64
 void route(const float *logits, const float *bias, int64_t experts, int64_t top_k, int64_t groups, int64_t kept_groups,
            float scale, bool softmax, const int64_t *replay, const bool *padding, int64_t tokens, int64_t *ids,
            float *weights, int64_t *counts, int threads) {
-#pragma omp parallel num_threads(threads_for(tokens *experts * (8 + top_k), threads))
+#pragma omp parallel num_threads(threads_for(tokens * experts * (8 + top_k), threads))
   {
     static thread_local Scratch memory;
     auto *const scores = static_cast<float *>(memory.bytes((3 * experts + groups) * sizeof(float)));
@@ -101,8 +99,8 @@ void route(const float *logits, const float *bias, int64_t experts, int64_t top_
 }
 
 // d logits of route's weights.
-void route_backward(const float *grad, const float *logits, const int64_t *ids, int64_t experts, int64_t top_k, float scale,
-                    bool softmax, const bool *padding, int64_t tokens, float *grad_logits, int threads) {
+void route_backward(const float *grad, const float *logits, const int64_t *ids, int64_t experts, int64_t top_k,
+                    float scale, bool softmax, const bool *padding, int64_t tokens, float *grad_logits, int threads) {
 #pragma omp parallel num_threads(threads_for(8 * tokens * experts, threads))
   {
     static thread_local Scratch memory;
@@ -122,14 +120,12 @@ void route_backward(const float *grad, const float *logits, const int64_t *ids, 
       }
       total += 1e-20f;
       shared /= total;
-      float along = 0;
       for (int64_t k = 0; k < top_k; ++k) {
         const float score = scores[chosen[k]], back = (g[k] - shared) * (scale / total) * score;
+        // Of a softmax the sum of `back` would be taken from all; it is 0, as weights do not change with the scores'
+        // sum.
         out[chosen[k]] += softmax ? back : back * (1 - score);
-        along += back;
       }
-      if (softmax)
-        for (int64_t i = 0; i < experts; ++i) out[i] -= along * scores[i];
     }
   }
 }
@@ -203,7 +199,7 @@ struct Blocks {
 
 // out[t] = the sum of its top_k rows of pairs (tokens top_k, hidden), in their order.
 void sum_pairs(const float *pairs, int64_t tokens, int64_t top_k, int64_t hidden, float *out, int threads) {
-#pragma omp parallel for num_threads(threads_for(tokens *top_k *hidden / 4, threads))
+#pragma omp parallel for num_threads(threads_for(tokens * top_k * hidden / 4, threads))
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < hidden; i += LANES) {
       Vector total{};
@@ -221,7 +217,7 @@ void experts_forward(const float *x, const float *gate_up, const float *down, in
   const Pairs pairs{row_map, counts, weights, rows, top_k};
   const Blocks blocks(pairs, experts);
   const int64_t F = width, H = hidden;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(3 * pairs.rows *H *F, threads))
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(3 * pairs.rows * H * F, threads))
   for (int64_t i = 0; i < blocks.count; ++i) {
     static thread_local Scratch memory;
     const auto [expert, begin, end] = blocks.list[i];
@@ -235,15 +231,14 @@ void experts_forward(const float *x, const float *gate_up, const float *down, in
       to[p - begin] = by_pair + pairs[p] * H;
     }
     multiply(from, {gate_up + expert * H * 2 * F, 2 * F, nullptr}, end - begin, H, 2 * F, firsts);
-    for (int64_t p = begin; p < end; ++p)
-      swiglu_row(firsts[p - begin], pairs.weight(p), F, middle + (p - begin) * F);
+    for (int64_t p = begin; p < end; ++p) swiglu_row(firsts[p - begin], pairs.weight(p), F, middle + (p - begin) * F);
     multiply(middles, {down + expert * F * H, H, nullptr}, end - begin, F, H, to);
   }
 }
 
-// From grad, by token: d x by pair (pairs, hidden), d weights by pair unless it is null, and d gate_up and d down unless
-// they are null, which `accumulate` adds to. An expert without rows gets 0. `between` is memory for 3 rows width +
-// 3 experts hidden width: the second product's input, the gradient of the first product, the weights transposed.
+// From grad, by token: d x by pair (pairs, hidden), d weights by pair unless it is null, and d gate_up and d down
+// unless they are null, which `accumulate` adds to. An expert without rows gets 0. `between` is memory for 3 rows width
+// + 3 experts hidden width: the second product's input, the gradient of the first product, the weights transposed.
 void experts_backward(const float *grad, const float *x, const float *gate_up, const float *down, int64_t experts,
                       int64_t hidden, int64_t width, const int64_t *row_map, const int64_t *counts,
                       const float *weights, int64_t rows, int64_t top_k, const float *first, float *between,
@@ -260,7 +255,7 @@ void experts_backward(const float *grad, const float *x, const float *gate_up, c
   for (int64_t p = 0; p < pairs.rows; ++p) tokens[p] = pairs[p] / pairs.top_k;
   begins[0] = 0;
   for (int64_t i = 0; i < experts; ++i) begins[i + 1] = begins[i] + pairs.counts[i];
-#pragma omp parallel num_threads(threads_for(9 * pairs.rows *H *F, threads))
+#pragma omp parallel num_threads(threads_for(9 * pairs.rows * H * F, threads))
   {
     static thread_local Scratch memory;
 #pragma omp for schedule(dynamic)
@@ -283,9 +278,8 @@ void experts_backward(const float *grad, const float *x, const float *gate_up, c
       }
       multiply(from, {down_across + expert * H * F, F, nullptr}, end - begin, H, F, middles);
       for (int64_t p = begin; p < end; ++p) {
-        const float grad_weight =
-            swiglu_row_backward(middles[p - begin], first + p * 2 * F, pairs.weight(p), F,
-                                grad_first + p * 2 * F, middle + p * F);
+        const float grad_weight = swiglu_row_backward(middles[p - begin], first + p * 2 * F, pairs.weight(p), F,
+                                                      grad_first + p * 2 * F, middle + p * F);
         if (grad_weights) grad_weights[pairs[p]] = grad_weight;
       }
       multiply(grad_firsts, {gate_up_across + expert * H * 2 * F, H, nullptr}, end - begin, 2 * F, H, to);
@@ -294,16 +288,16 @@ void experts_backward(const float *grad, const float *x, const float *gate_up, c
     const int64_t parts_up = (H + BLOCK_ROWS - 1) / BLOCK_ROWS, parts = parts_up + (F + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < experts * parts; ++i) {
-      const int64_t expert = i / parts, part = i % parts, begin = begins[expert], rows = begins[expert + 1] - begin;
+      const int64_t expert = i / parts, part = i % parts, begin = begins[expert], depth = begins[expert + 1] - begin;
       const bool up = part < parts_up;
       const int64_t row = (up ? part : part - parts_up) * BLOCK_ROWS, last = least(row + BLOCK_ROWS, up ? H : F);
       float *const out = up ? grad_gate_up : grad_down;
-      if (!out || (accumulate && !rows)) continue;
+      if (!out || (accumulate && !depth)) continue;
       if (up)
-        multiply_outer({x, H, tokens + begin}, {grad_first + begin * 2 * F, 2 * F, nullptr}, rows, row, last,
-                       2 * F, out + expert * H * 2 * F, accumulate);
+        multiply_outer({x, H, tokens + begin}, {grad_first + begin * 2 * F, 2 * F, nullptr}, depth, row, last, 2 * F,
+                       out + expert * H * 2 * F, accumulate);
       else
-        multiply_outer({middle + begin * F, F, nullptr}, {grad, H, tokens + begin}, rows, row, last, H,
+        multiply_outer({middle + begin * F, F, nullptr}, {grad, H, tokens + begin}, depth, row, last, H,
                        out + expert * F * H, accumulate);
     }
   }

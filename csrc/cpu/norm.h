@@ -1,8 +1,6 @@
 // RMSNorm and rotary position embedding.
 #pragma once
 
-#include <cmath>
-
 #include "vector.h"
 
 namespace {
@@ -10,7 +8,7 @@ namespace {
 // out = x / sqrt(mean(x^2) + eps) * weight, and what x was multiplied by, for every row.
 void rms_norm(const float *x, int64_t x_stride, const float *weight, float eps, int64_t rows, int64_t width, float *out,
               float *scales, int threads) {
-#pragma omp parallel for num_threads(threads_for(rows * width, threads))
+#pragma omp parallel for num_threads(threads_for(rows *width, threads))
   for (int64_t r = 0; r < rows; ++r) {
     const float *row = x + r * x_stride;
     float *to = out + r * width;
@@ -19,25 +17,22 @@ void rms_norm(const float *x, int64_t x_stride, const float *weight, float eps, 
       const Vector part = load(row + i, width - i);
       squares += part * part;
     }
-    const float scale = scales[r] = 1.0f / std::sqrt(sum(squares) / width + eps);
+    const float scale = scales[r] = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
     for (int64_t i = 0; i < width; i += LANES)
       store(to + i, load(row + i, width - i) * scale * load(weight + i, width - i), width - i);
   }
 }
 
-// d x, and d weight: sums over NORM_ROWS rows each, added in their order.
+// d x, and d weight: the rows' part in `count` parts (count, width), added in their order.
 void rms_norm_backward(const float *grad, int64_t grad_stride, const float *x, int64_t x_stride, const float *weight,
                        const float *scales, int64_t rows, int64_t width, float *grad_x, float *grad_weight,
-                       int threads) {
-  constexpr int64_t NORM_ROWS = 64;
-  static thread_local Scratch memory;
-  const int64_t count = (rows + NORM_ROWS - 1) / NORM_ROWS;
-  auto *const parts = static_cast<float *>(memory.bytes((count * width + 1) * sizeof(float)));
+                       float *parts, int64_t count, int threads) {
+  const int64_t size = (rows + count - 1) / count;
 #pragma omp parallel for num_threads(threads_for(2 * rows * width, threads))
   for (int64_t p = 0; p < count; ++p) {
     float *const part = parts + p * width;
     std::memset(part, 0, width * sizeof(float));
-    for (int64_t r = p * NORM_ROWS; r < least((p + 1) * NORM_ROWS, rows); ++r) {
+    for (int64_t r = p * size; r < least((p + 1) * size, rows); ++r) {
       const float *g = grad + r * grad_stride, *row = x + r * x_stride;
       const float scale = scales[r];
       Vector along{};

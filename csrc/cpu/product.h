@@ -6,8 +6,8 @@
 
 namespace {
 
-// How rows of a matrix follow one another: rows[i], or i itself without a list, times the stride.
-struct Rows {
+// Row i begins at list[i], or i itself without a list, times the stride.
+struct Matrix {
   const float *data;
   int64_t stride;
   const int64_t *list;
@@ -15,12 +15,17 @@ struct Rows {
   const float *operator[](int64_t i) const { return data + (list ? list[i] : i) * stride; }
 };
 
-// out[r][0..] = sum over k of a[r][k] b[k][first..], for ROWS rows and VECTORS vectors of columns. TAIL: of the last
-// vector, `columns` numbers.
+// What is summed at a time: of so many rows two operands stay in the first-level cache, and the error of a float32 sum
+// stays small.
+constexpr int64_t DEPTH = 256;
+
+// out[r][first..] = sum over k in begin..end of a[r][k] b[k][first..], or that added to it unless begin is 0, for ROWS
+// rows and VECTORS vectors of columns. TAIL: of the last vector, `columns` numbers.
 template <int ROWS, int VECTORS, bool TAIL>
-inline void tile(const float *const *a, Rows b, int64_t depth, int64_t first, int64_t columns, float *const *out) {
+inline void tile(const float *const *a, Matrix b, int64_t begin, int64_t end, int64_t first, int64_t columns,
+                 float *const *out) {
   Vector total[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     const float *row = b[k] + first;
     Vector factor[VECTORS];
 #pragma GCC unroll 8
@@ -35,38 +40,43 @@ inline void tile(const float *const *a, Rows b, int64_t depth, int64_t first, in
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       float *to = out[r] + first + v * LANES;
-      TAIL ? store(to, total[r][v], columns) : store(to, total[r][v]);
+      const int64_t count = TAIL ? columns : LANES;
+      store(to, begin ? total[r][v] + load(to, count) : total[r][v], count);
     }
 }
 
 template <int ROWS>
-void some_rows(const float *const *a, Rows b, int64_t depth, int64_t columns, float *const *out) {
-  int64_t first = 0;
-  for (; first + TILE_VECTORS * LANES <= columns; first += TILE_VECTORS * LANES)
-    tile<ROWS, TILE_VECTORS, false>(a, b, depth, first, 0, out);
-  for (; first + LANES <= columns; first += LANES) tile<ROWS, 1, false>(a, b, depth, first, 0, out);
-  if (first < columns) tile<ROWS, 1, true>(a, b, depth, first, columns - first, out);
+void multiply_rows(const float *const *a, Matrix b, int64_t depth, int64_t columns, float *const *out) {
+  for (int64_t begin = 0; begin < depth || begin == 0; begin += DEPTH) {
+    const int64_t end = least(begin + DEPTH, depth);
+    int64_t first = 0;
+    for (; first + TILE_VECTORS * LANES <= columns; first += TILE_VECTORS * LANES)
+      tile<ROWS, TILE_VECTORS, false>(a, b, begin, end, first, 0, out);
+    for (; first + LANES <= columns; first += LANES) tile<ROWS, 1, false>(a, b, begin, end, first, 0, out);
+    if (first < columns) tile<ROWS, 1, true>(a, b, begin, end, first, columns - first, out);
+  }
+}
+
+// For the rows that make no whole tile: as many as there are, at most ROWS.
+template <int ROWS>
+void multiply_last_rows(const float *const *a, Matrix b, int64_t rows, int64_t depth, int64_t columns,
+                        float *const *out) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return multiply_rows<ROWS>(a, b, depth, columns, out);
+    multiply_last_rows<ROWS - 1>(a, b, rows, depth, columns, out);
+  }
 }
 
 // out (rows, columns) = a (rows, depth) b (depth, columns); a's and out's rows each begin at their pointer.
-void multiply(const float *const *a, Rows b, int64_t rows, int64_t depth, int64_t columns, float *const *out) {
+void multiply(const float *const *a, Matrix b, int64_t rows, int64_t depth, int64_t columns, float *const *out) {
   int64_t r = 0;
-  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) some_rows<TILE_ROWS>(a + r, b, depth, columns, out + r);
-  switch (rows - r) {
-    case 7: return some_rows<7>(a + r, b, depth, columns, out + r);
-    case 6: return some_rows<6>(a + r, b, depth, columns, out + r);
-    case 5: return some_rows<5>(a + r, b, depth, columns, out + r);
-    case 4: return some_rows<4>(a + r, b, depth, columns, out + r);
-    case 3: return some_rows<3>(a + r, b, depth, columns, out + r);
-    case 2: return some_rows<2>(a + r, b, depth, columns, out + r);
-    case 1: return some_rows<1>(a + r, b, depth, columns, out + r);
-    default: return;
-  }
+  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) multiply_rows<TILE_ROWS>(a + r, b, depth, columns, out + r);
+  multiply_last_rows<TILE_ROWS - 1>(a + r, b, rows - r, depth, columns, out + r);
 }
 
 // out[r][0..] (+)= sum over k of a[k][r] b[k][0..], for rows first_row.. of out.
 template <int ROWS, int VECTORS, bool TAIL>
-inline void outer_tile(Rows a, Rows b, int64_t depth, int64_t first_row, int64_t first, int64_t columns, float *out,
+inline void outer_tile(Matrix a, Matrix b, int64_t depth, int64_t first_row, int64_t first, int64_t columns, float *out,
                        int64_t stride, bool accumulate) {
   Vector total[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -90,34 +100,32 @@ inline void outer_tile(Rows a, Rows b, int64_t depth, int64_t first_row, int64_t
 }
 
 template <int ROWS>
-void outer_rows(Rows a, Rows b, int64_t depth, int64_t row, int64_t columns, float *out, bool accumulate) {
+void multiply_outer_rows(Matrix a, Matrix b, int64_t depth, int64_t row, int64_t columns, float *out, bool accumulate) {
   int64_t first = 0;
   for (; first + TILE_VECTORS * LANES <= columns; first += TILE_VECTORS * LANES)
     outer_tile<ROWS, TILE_VECTORS, false>(a, b, depth, row, first, 0, out, columns, accumulate);
   for (; first + LANES <= columns; first += LANES)
     outer_tile<ROWS, 1, false>(a, b, depth, row, first, 0, out, columns, accumulate);
-  if (first < columns)
-    outer_tile<ROWS, 1, true>(a, b, depth, row, first, columns - first, out, columns, accumulate);
+  if (first < columns) outer_tile<ROWS, 1, true>(a, b, depth, row, first, columns - first, out, columns, accumulate);
 }
 
-// Rows begin..end of out (rows, columns) = transposed a (depth, rows) times b (depth, columns), or that added to it.
-void multiply_outer(Rows a, Rows b, int64_t depth, int64_t begin, int64_t end, int64_t columns, float *out,
+// Matrix begin..end of out (rows, columns) = transposed a (depth, rows) times b (depth, columns), or that added to it.
+void multiply_outer(Matrix a, Matrix b, int64_t depth, int64_t begin, int64_t end, int64_t columns, float *out,
                     bool accumulate) {
-  constexpr int64_t DEPTH = 256;  // of which the two operands' rows stay in the first-level cache
   for (int64_t k = 0; k < depth || k == 0; k += DEPTH) {
     const int64_t part = least(DEPTH, depth - k);
-    const Rows left = a.list ? Rows{a.data, a.stride, a.list + k} : Rows{a[k], a.stride, nullptr};
-    const Rows right = b.list ? Rows{b.data, b.stride, b.list + k} : Rows{b[k], b.stride, nullptr};
+    const Matrix left = a.list ? Matrix{a.data, a.stride, a.list + k} : Matrix{a[k], a.stride, nullptr};
+    const Matrix right = b.list ? Matrix{b.data, b.stride, b.list + k} : Matrix{b[k], b.stride, nullptr};
     int64_t row = begin;
     for (; row + TILE_ROWS <= end; row += TILE_ROWS)
-      outer_rows<TILE_ROWS>(left, right, part, row, columns, out, accumulate || k);
-    for (; row < end; ++row) outer_rows<1>(left, right, part, row, columns, out, accumulate || k);
+      multiply_outer_rows<TILE_ROWS>(left, right, part, row, columns, out, accumulate || k);
+    for (; row < end; ++row) multiply_outer_rows<1>(left, right, part, row, columns, out, accumulate || k);
   }
 }
 
 // out[r][c] = a[r] . b[c], for ROWS x COLUMNS of them.
 template <int ROWS, int COLUMNS>
-inline void dots(Rows a, Rows b, int64_t width, int64_t row, int64_t column, float *out, int64_t stride) {
+inline void dots(Matrix a, Matrix b, int64_t width, int64_t row, int64_t column, float *out, int64_t stride) {
   Vector total[ROWS][COLUMNS] = {};
   const float *left[ROWS], *right[COLUMNS];
 #pragma GCC unroll 8
@@ -152,7 +160,7 @@ inline void dots(Rows a, Rows b, int64_t width, int64_t row, int64_t column, flo
 }
 
 // out (rows, columns) = a (rows, width) times transposed b (columns, width).
-void multiply_transposed(Rows a, Rows b, int64_t rows, int64_t columns, int64_t width, float *out, int64_t stride) {
+void multiply_transposed(Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t width, float *out, int64_t stride) {
   constexpr int SIDE = 4;
   int64_t column = 0;
   for (; column + SIDE <= columns; column += SIDE) {

@@ -1,11 +1,13 @@
 // Vectors of floats as wide as the instruction set that this file is compiled for, and what is made of them.
 //
 // All of csrc/cpu's bodies are compiled several times, for several instruction sets, into one library. So everything
-// in them has internal linkage and nothing comes from the standard library's templates: the linker keeps one copy of
+// in them has internal linkage, and of the standard library only C's functions are called: the linker keeps one copy of
 // an inline function, which might be the one that this processor cannot run.
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 namespace {
@@ -115,7 +117,10 @@ struct Scratch {
     if (count > size) {
       __builtin_free(memory);
       memory = __builtin_malloc(count);
-      if (!memory) __builtin_trap();
+      if (!memory) {
+        std::fprintf(stderr, "r1._cpu: no memory for %lld bytes\n", static_cast<long long>(count));
+        std::abort();
+      }
       size = count;
     }
     return memory;
@@ -124,10 +129,11 @@ struct Scratch {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Threads for work of so many operations: one where starting more would take longer.
+// Threads for work of so many operations: one where starting more would take longer, else all. Never some of them:
+// libgomp ends the threads that a smaller team leaves out, and starts them again for the next (pytorch#32008).
 inline int threads_for(int64_t operations, int threads) {
-  constexpr int64_t ENOUGH = 100000;
-  return static_cast<int>(least(threads, 1 + operations / ENOUGH));
+  constexpr int64_t ENOUGH = 200000;
+  return operations < ENOUGH ? 1 : threads;
 }
 
 }  // namespace

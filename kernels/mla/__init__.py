@@ -147,6 +147,8 @@ def _check_decode(q_BND: Tensor, block_table_BM: Tensor, seq_lens_B: Tensor) -> 
     require(
         seq_lens_B.shape == (B,) and seq_lens_B.dtype in integers, "seq_lens_B", seq_lens_B, f"an int32 ({B},) tensor"
     )
+    for name, x in (("block_table_BM", block_table_BM), ("seq_lens_B", seq_lens_B)):
+        require(x.device == q_BND.device, name, x, f"a tensor on {q_BND.device}")
 
 
 def _check_cache(name: str, cache: Tensor, dims: int, q_BND: Tensor) -> None:
@@ -247,6 +249,8 @@ def append_kv(kv_cache: Tensor, rows: Tensor, block_table_BM: Tensor, positions_
         positions_B,
         f"an int64 ({B},) tensor",
     )
+    for name, x in (("block_table_BM", block_table_BM), ("positions_B", positions_B)):
+        require(x.device == kv_cache.device, name, x, f"a tensor on {kv_cache.device}")
     _append_kv(kv_cache, rows.detach(), block_table_BM, positions_B)
 
 

@@ -202,8 +202,8 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
         "gate_up", gate_up, "a floating (..., 2 F) tensor",
     )  # fmt: skip
     require(
-        weights is None or weights.shape == gate_up.shape[:-1],
-        "weights", weights, f"a tensor of shape {tuple(gate_up.shape[:-1])}",
+        weights is None or (weights.shape == gate_up.shape[:-1] and weights.device == gate_up.device),
+        "weights", weights, f"a tensor of shape {tuple(gate_up.shape[:-1])} on {gate_up.device}",
     )  # fmt: skip
     return operators.swiglu(gate_up, weights)
 

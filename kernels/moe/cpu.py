@@ -88,7 +88,7 @@ def permute(x_TH: Tensor, ids_TK: Tensor, num_experts: int, check_values: bool) 
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    if not computes(gate_up, weights):
+    if not computes(gate_up, weights) or not gate_up.numel():
         return reference.swiglu(gate_up, weights)
     rows_RF, weights = rows_of(gate_up), None if weights is None else weights.contiguous()
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
@@ -99,7 +99,7 @@ def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not computes(grad, gate_up, weights):
+    if not computes(grad, gate_up, weights) or not gate_up.numel():
         return reference.swiglu_backward(grad, gate_up, weights)
     grad, rows_RF = grad.contiguous(), rows_of(gate_up)
     weights = None if weights is None else weights.contiguous()
@@ -156,11 +156,10 @@ def _backward(
     return grad_x_PH, grad_weights
 
 
-def _sum(y_PH: Tensor, top_k: int) -> Tensor:
+def _sum(y_PH: Tensor, T: int, top_k: int) -> Tensor:
     """Of each token's pairs: (T, H)."""
-    P, H = y_PH.shape
-    out_TH = y_PH.new_empty(P // top_k, H)
-    _cpu.sum_pairs(address(y_PH), len(out_TH), top_k, H, address(out_TH), threads())
+    out_TH = y_PH.new_empty(T, y_PH.shape[1])
+    _cpu.sum_pairs(address(y_PH), T, top_k, y_PH.shape[1], address(out_TH), threads())
     return out_TH
 
 
@@ -221,11 +220,11 @@ def moe_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _computes(gate_up_EHF, down_EFH, weights_TK):
         return reference.moe_layer(x_TH, ids_TK, weights_TK, gate_up_EHF, down_EFH, check_values, *main_gradients)
-    K = ids_TK.shape[1]
+    T, K = ids_TK.shape
     row_map_P, counts_E = sort(ids_TK, len(gate_up_EHF))
     x_TH, weights_TK = x_TH.contiguous(), weights_TK.contiguous()
     y_PH, first_PF = _forward(x_TH, row_map_P, counts_E, K, gate_up_EHF, down_EFH, weights_TK)
-    return _sum(y_PH, K), row_map_P, counts_E, first_PF
+    return _sum(y_PH, T, K), row_map_P, counts_E, first_PF
 
 
 def moe_layer_backward(
@@ -247,12 +246,12 @@ def moe_layer_backward(
             grad_TH, x_TH, weights_TK, gate_up_EHF, down_EFH, row_map_P, tokens_per_expert_E, gate_up_PF, *gradients,
             accumulate,
         )  # fmt: skip
-    K = weights_TK.shape[1]
+    T, K = weights_TK.shape
     grad_x_PH, grad_weights_TK = _backward(
         grad_TH.contiguous(), x_TH.contiguous(), row_map_P, tokens_per_expert_E, K, gate_up_EHF, down_EFH,
         weights_TK.contiguous(), gate_up_PF, *gradients, accumulate=accumulate,
     )  # fmt: skip
-    return _sum(grad_x_PH, K), grad_weights_TK
+    return _sum(grad_x_PH, T, K), grad_weights_TK
 
 
 __all__ = [

@@ -9,6 +9,8 @@ from r1 import _cpu
 from r1.kernels.native import address, computes, rows_of, threads
 from r1.kernels.norm import reference
 
+ROWS = 64  # whose weight gradients are added up by one thread, whatever the number of threads
+
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not computes(x, weight_H) or not x.numel():
@@ -28,9 +30,10 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, scale: Tensor) 
     grad_RH, x_RH, weight_H, scale = rows_of(grad), rows_of(x), weight_H.contiguous(), scale.contiguous()
     rows, H = x_RH.shape
     grad_x, grad_weight_H = x.new_empty(x.shape), torch.empty_like(weight_H)
+    parts = x.new_empty(-(-rows // ROWS), H)
     _cpu.rms_norm_backward(
         address(grad_RH), grad_RH.stride(0), address(x_RH), x_RH.stride(0), address(weight_H), address(scale), rows, H,
-        address(grad_x), address(grad_weight_H), threads(),
+        address(grad_x), address(grad_weight_H), address(parts), len(parts), threads(),
     )  # fmt: skip
     return grad_x, grad_weight_H
 
