@@ -120,9 +120,7 @@ def measure_training(
         out = forward(attend, given)
         return [out.detach(), *torch.autograd.grad(out, given, up)]
 
-    # The cpu backend decodes; it leaves training to the torch backend.
-    ours = [name for name in _measure.ours("mla", device) if name != "r1 cpu"]
-    contenders = _peers(device) | dict.fromkeys(ours, by_r1)
+    contenders = _peers(device) | dict.fromkeys(_measure.ours("mla", device), by_r1)
     want: list[Tensor] = []
     if exact:
         doubled = [x.detach().double().requires_grad_() for x in leaves]

@@ -9,8 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from r1.engine.errors import UserError
 from r1.engine.sampling import Completion, FinishReason, SamplingParameters
 from r1.engine.text import TextStream
+from r1.parallel.config import ModelConfig
+
+
+def check_prompt(prompt: list[int], model: ModelConfig) -> None:
+    """UserError for a prompt that the model cannot take or leaves no room for a completion."""
+    if not 1 <= len(prompt) < model.max_positions:
+        raise UserError(f"a prompt has {len(prompt)} tokens; this model takes 1 to {model.max_positions - 1}")
+    if bad := [token for token in prompt if not 0 <= token < model.vocab_size]:
+        raise UserError(f"a prompt holds token {bad[0]}; this model knows 0 to {model.vocab_size - 1}")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from r1.engine.data.tokenizer import Tokenizer
-from r1.engine.errors import UserError
+from r1.engine.requests import check_prompt
 from r1.engine.sampling import Completion, SamplingParameters, streams
 from r1.engine.scheduler import MEMORY_FRACTION, Request, Scheduler
 from r1.kernels.exact import PAGE
@@ -52,8 +52,7 @@ def generate(
     share = range(len(prompts))[group.rank() :: group.size()]
     lengths = [min(len(prompts[i]) + sampling.max_tokens, model.max_positions) for i in share for _ in range(copies)]
     for prompt in prompts:  # on every process, so that none waits for one that has refused
-        if not 1 <= len(prompt) < model.max_positions:
-            raise UserError(f"a prompt has {len(prompt)} tokens; this model takes 1 to {model.max_positions - 1}")
+        check_prompt(prompt, model)
     if cache_tokens is None:
         largest = sorted(lengths, reverse=True)[:max_sequences]
         cache_tokens = Decoder.room(trainer, sum(length + PAGE for length in largest) or 1, MEMORY_FRACTION)

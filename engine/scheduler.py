@@ -22,7 +22,7 @@ from torch import Tensor
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.drawing import drawn
 from r1.engine.errors import UserError
-from r1.engine.requests import Group, Request, Sequence, Update
+from r1.engine.requests import Group, Request, Sequence, Update, check_prompt
 from r1.engine.sampling import Completion, FinishReason, streams
 from r1.engine.text import TextStream
 from r1.parallel.decode import Chunk, Decoder
@@ -88,11 +88,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn. Raises UserError where it never can have one."""
         length = len(request.prompt)
-        if not 1 <= length < self.limit:
-            raise UserError(f"a prompt has {length} tokens; this model takes 1 to {self.limit - 1}")
-        bad = next((t for t in request.prompt if not 0 <= t < self.trainer.model_config.vocab_size), None)
-        if bad is not None:
-            raise UserError(f"a prompt holds token {bad}; this model knows 0 to {self.vocab_size - 1}")
+        check_prompt(request.prompt, self.trainer.model_config)
         for name in ("copies", "max_new_tokens"):
             value = getattr(request, name)
             if value is not None and value < 1:

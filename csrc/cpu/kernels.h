@@ -1,7 +1,7 @@
 // What csrc/cpu computes: one table of functions for each instruction set that it was compiled for.
 //
 // All numbers are float32 and all ids int64 unless said; sizes and strides count elements; `threads` is how many may
-// work. norm.h, moe.h and attention.h say what each does.
+// work. norm.h, moe.h, attention.h and decode.h say what each does.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,17 @@ struct Kernels {
                  int threads);
   void (*swiglu_backward)(const float *grad, const float *gate_up, int64_t stride, const float *weights, int64_t rows,
                           int64_t width, float *grad_gate_up, float *grad_weights, int threads);
+  void (*attention)(const float *q, const float *k, const float *v, const float *key_rope, int64_t k_token,
+                    int64_t k_head, int64_t v_token, int64_t v_head, int64_t rope_token, const int64_t *bounds,
+                    const int64_t *query_index, int64_t sequences, int64_t queries, int64_t heads, int64_t key_heads,
+                    int64_t key_width, int64_t rope_width, int64_t value_width, float scale, float *out, float *lse,
+                    int threads);
+  void (*attention_backward)(const float *q, const float *k, const float *v, const float *key_rope, int64_t k_token,
+                             int64_t k_head, int64_t v_token, int64_t v_head, int64_t rope_token, const int64_t *bounds,
+                             const int64_t *query_index, int64_t sequences, int64_t queries, int64_t heads,
+                             int64_t key_heads, int64_t key_width, int64_t rope_width, int64_t value_width, float scale,
+                             const float *grad, const float *out, const float *lse, float *grad_q, float *grad_k,
+                             float *grad_v, float *grad_rope, int threads);
   int64_t (*decode)(const float *q, const float *k, const float *v, int64_t k_width, int64_t v_width,
                     const int64_t *pages, int64_t table_width, int64_t page_size, int64_t cached_pages,
                     const int64_t *lengths, int64_t batch, int64_t heads, int64_t key_heads, int64_t width,

@@ -85,6 +85,8 @@ PYBIND11_MODULE(_cpu, m) {
   define(m, "sum_pairs", &Kernels::sum_pairs);
   define(m, "swiglu", &Kernels::swiglu);
   define(m, "swiglu_backward", &Kernels::swiglu_backward);
+  define(m, "attention", &Kernels::attention);
+  define(m, "attention_backward", &Kernels::attention_backward);
   define(m, "decode", &Kernels::decode);
   define(m, "append", &Kernels::append);
 }

@@ -1,4 +1,4 @@
-"""Decoding by r1._cpu (csrc/cpu/attention.h); attention in training by the torch backend."""
+"""The mla family by r1._cpu (csrc/cpu/attention.h, decode.h)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,90 @@ import math
 from torch import Tensor
 
 from r1 import _cpu
-from r1.kernels.mla import reference_decode
-from r1.kernels.mla.reference import mla_attention, mla_attention_backward
+from r1.kernels.mla import reference, reference_decode
+from r1.kernels.mla.reference import checked_bounds
 from r1.kernels.mla.reference_decode import no_room
 from r1.kernels.native import address, computes, threads
+
+
+def mla_attention(
+    q_TND: Tensor,
+    k_SMD: Tensor,
+    v_SMD: Tensor,
+    k_rope_SD: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    query_index_T: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if not computes(q_TND, k_SMD, v_SMD, k_rope_SD):
+        return reference.mla_attention(
+            q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, max_seqlen, query_index_T, scale, deterministic
+        )
+    checked_bounds(cu_seqlens, len(k_SMD))
+    T, N, _ = q_TND.shape
+    out_TND, lse_TN = q_TND.new_empty(T, N, v_SMD.shape[2]), q_TND.new_empty(T, N)
+    tensors = _Pack(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, query_index_T)
+    _cpu.attention(*tensors.arguments(), scale, address(out_TND), address(lse_TN), threads())
+    return out_TND, lse_TN
+
+
+def mla_attention_backward(
+    grad_TND: Tensor,
+    q_TND: Tensor,
+    k_SMD: Tensor,
+    v_SMD: Tensor,
+    k_rope_SD: Tensor | None,
+    out_TND: Tensor,
+    lse_TN: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    query_index_T: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not computes(grad_TND, q_TND, k_SMD, v_SMD, k_rope_SD, out_TND, lse_TN):
+        return reference.mla_attention_backward(
+            grad_TND, q_TND, k_SMD, v_SMD, k_rope_SD, out_TND, lse_TN, cu_seqlens, max_seqlen, query_index_T, scale,
+            deterministic,
+        )  # fmt: skip
+    grad_TND, out_TND, lse_TN = grad_TND.contiguous(), out_TND.contiguous(), lse_TN.contiguous()
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_TND, k_SMD, v_SMD))
+    # Every key head's part of the gradient of the keys' shared part.
+    parts = q_TND.new_empty(0) if k_rope_SD is None else dk.new_empty(*dk.shape[:2], k_rope_SD.shape[1])
+    tensors = _Pack(q_TND, k_SMD, v_SMD, k_rope_SD, cu_seqlens, query_index_T)
+    _cpu.attention_backward(
+        *tensors.arguments(), scale, address(grad_TND), address(out_TND), address(lse_TN), address(dq), address(dk),
+        address(dv), address(parts), threads(),
+    )  # fmt: skip
+    return dq, dk, dv, parts if k_rope_SD is None else parts.sum(1)
+
+
+class _Pack:
+    """The tensors of an attention, as r1._cpu wants them; they must live until it has run."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, k_rope: Tensor | None, cu_seqlens: Tensor, query_index: Tensor | None
+    ) -> None:
+        self.q, (self.k, self.v) = q.contiguous(), (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+        self.k_rope = k_rope if k_rope is None or k_rope.stride(1) == 1 else k_rope.contiguous()
+        self.bounds = cu_seqlens.long().contiguous()
+        self.query_index = None
+        if query_index is not None:
+            self.query_index = query_index.long().contiguous()
+            low, high = (int(x) for x in query_index.aminmax()) if len(query_index) else (0, -1)
+            if low < 0 or high >= len(k):
+                raise ValueError(f"query_index_T holds {low if low < 0 else high}, wanted 0 <= row < {len(k)}")
+
+    def arguments(self) -> tuple[int, ...]:
+        q, k, v, rope = self.q, self.k, self.v, self.k_rope
+        return (
+            address(q), address(k), address(v), address(rope), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            0 if rope is None else rope.stride(0), address(self.bounds), address(self.query_index),
+            len(self.bounds) - 1, len(q), q.shape[1], k.shape[1], k.shape[2], 0 if rope is None else rope.shape[1],
+            v.shape[2],
+        )  # fmt: skip
 
 
 def mla_decode(

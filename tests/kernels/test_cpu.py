@@ -19,6 +19,7 @@ from r1.kernels import (
     append_kv,
     apply_rope,
     gqa_decode,
+    mla_attention,
     mla_decode,
     moe_layer,
     moe_mlp,
@@ -29,7 +30,7 @@ from r1.kernels import (
     swiglu,
 )
 from r1.kernels.moe import cpu as moe
-from tests.kernels.helpers import leaf
+from tests.kernels.helpers import leaf, ragged
 
 _cpu = pytest.importorskip("r1._cpu", reason="r1._cpu is built only where a C++ compiler is found")
 
@@ -216,6 +217,50 @@ def test_callers_in_several_threads_do_not_meet(threads: int) -> None:
         for _ in range(5):
             for mine, together in zip(alone, pool.map(lambda given: both(*given), inputs), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(mine, together, strict=True))
+
+
+HEADS = [(1, 1, 3, 0, 2), (4, 4, 16, 32, 32), (6, 2, 24, 0, 24), (5, 1, 7, 3, 9)]
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 0, 17, 130], [33] * 9, [700]])
+@pytest.mark.parametrize(("N", "M", "own", "rope", "Dv"), HEADS)
+def test_attention(threads: int, N: int, M: int, own: int, rope: int, Dv: int, lengths: list[int]) -> None:
+    S, bounds = sum(lengths), ragged(*lengths)
+    q, kv = leaf(S, N, own + rope), leaf(S, M, own + Dv)  # keys and values are parts of wider rows
+    shared = [leaf(S, rope)] if rope else []
+    some = torch.randperm(S)[: S // 2 + 1]  # as a context-parallel rank's queries
+
+    def attend(q: Tensor, kv: Tensor, *shared: Tensor, index: Tensor | None = None) -> Tensor:
+        k, v = kv.split([own, Dv], -1)
+        k_rope = shared[0] if shared else None
+        return mla_attention(q, k, v, bounds, max(lengths), 0.4, k_rope_SD=k_rope, query_index_T=index)
+
+    compare(attend, q, kv, *shared, tolerance=1e-5)
+    compare(lambda q, *rest: attend(q[some], *rest, index=some), q, kv, *shared, tolerance=1e-5)
+
+
+def test_attention_of_a_sequence_is_its_own_and_the_log_of_its_sum(threads: int) -> None:
+    lengths, k, v = [40, 3, 95], torch.randn(138, 2, 20), torch.randn(138, 2, 12)
+    q = torch.randn(138, 4, 20)
+    out, lse = mla_attention(q, k, v, ragged(*lengths), 95, 0.3, return_lse=True)
+    alone = [
+        mla_attention(*part, ragged(len(part[0])), len(part[0]), 0.3)
+        for part in zip(q.split(lengths), k.split(lengths), v.split(lengths))
+    ]
+    assert torch.equal(torch.cat(alone), out)
+    scores = torch.einsum("nd,lnd->nl", q[-1].double(), k[43:].double().repeat_interleave(2, 1)) * 0.3
+    close(lse[-1], scores.logsumexp(-1))
+
+
+def test_attention_refuses_rows_and_bounds_out_of_range() -> None:
+    q, k = torch.randn(2, 1, 4), torch.randn(5, 1, 4)
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match=f"query_index_T holds {wrong}, wanted 0 <= row < 5"):
+            mla_attention(q, k, k, ragged(5), 5, 1.0, query_index_T=torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="cu_seqlens is"):
+        mla_attention(q, k, k, ragged(6), 5, 1.0, query_index_T=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="cu_seqlens is"):
+        mla_attention(k, k, k, torch.tensor([0, 4, 2, 5]), 5, 1.0)
 
 
 def cached(lengths: list[int], size: int, *shape: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
