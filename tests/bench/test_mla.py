@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r1.bench import mla
+from r1.bench import _measure, mla
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     records = json.loads((tmp_path / "mla-cpu.json").read_text())["records"]
     assert (tmp_path / "mla-cpu.png").stat().st_size > 0
     assert {r["task"] for r in records} == {"training", "decode"}
-    assert {r["name"] for r in records if r["task"] == "training"} == {"SDPA", "r1 torch"}
+    assert {r["name"] for r in records if r["task"] == "training"} == {"SDPA", *_measure.ours("mla", "cpu")}
     sizes = {
         r["name"]: r["gigabytes_per_second"] * r["seconds_forward"] for r in records if r["shape"] == "latents of 128"
     }
