@@ -26,6 +26,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All families by the torch backend, as FP8 operators are on a CPU: only then are results bit for bit theirs."""
+    monkeypatch.setenv("R1_KERNELS", "torch")
+
+
 @pytest.fixture(scope="module", params=["torch", "cpu"])
 def on_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend that runs the families of a layer on a CPU."""

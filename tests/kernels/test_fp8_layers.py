@@ -263,7 +263,7 @@ def test_swiglu_backward(seed: int, M: int, F: int) -> None:
 
 
 @pytest.mark.parametrize(("M", "H"), [(130, 257), (1, 1), (0, 64), (37, 128)])
-def test_rms_norm(seed: int, M: int, H: int) -> None:
+def test_rms_norm(seed: int, plain_torch: None, M: int, H: int) -> None:
     check_rms_norm("cpu", M, H)
     x, weight = torch.randn(M, H), torch.rand(H)
     *copies, _ = rms_norm_quantize(x, weight)
@@ -281,7 +281,7 @@ def test_linear(seed: int) -> None:
     check_linear("cpu")
 
 
-def test_quantized_inputs(seed: int) -> None:
+def test_quantized_inputs(seed: int, plain_torch: None) -> None:
     """In float32 they are what the plain functions and fp8_linear are, bit for bit."""
     check_quantized_inputs("cpu")
     x, norm, w = leaf(70, 150), leaf(150), leaf(135, 150)

@@ -104,7 +104,7 @@ def test_bytes_one_by_one() -> None:
 @pytest.mark.parametrize("dtype", [F64, F32, HALF, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["fast", "exact"])
 @pytest.mark.parametrize(("N", "R", "rope"), [(3, 128, 2), (2, 384, 6), (1, 256, 0)])
-def test_decode(seed: int, N: int, R: int, rope: int, kind: str, dtype: torch.dtype) -> None:
+def test_decode(seed: int, plain_torch: None, N: int, R: int, rope: int, kind: str, dtype: torch.dtype) -> None:
     lengths = [5, 16, 0, 17, 1, 70]
     cache, table, rows, tokens = paged(lengths, 16, R, rope)
     q, lens = torch.randn(len(lengths), N, R + rope).to(dtype), torch.tensor(lengths).int()

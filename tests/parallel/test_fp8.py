@@ -237,7 +237,9 @@ def test_gradients_are_added_to_the_main_gradients(
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_changes_nothing(recompute: str, small_problem: Problem) -> None:
+def test_recompute_changes_nothing(recompute: str, small_problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit where FP8 operators and the others are of one backend."""
+    monkeypatch.setenv("R1_KERNELS", "torch")
     results = []
     for how in ("none", recompute):
         parallel = ParallelConfig(fp8="block", recompute=how)
@@ -284,7 +286,8 @@ def test_norms_that_only_linears_read_are_written_in_fp8() -> None:
 def test_writing_in_fp8_at_once_changes_nothing(
     model: str, small_problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor with the biases of Qwen2's linears; float32, where nothing is rounded between."""
+    """Nor with the biases of Qwen2's linears; float32, where nothing is rounded between, and one backend."""
+    monkeypatch.setenv("R1_KERNELS", "torch")
     results = []
     for fused in (True, False):
         if not fused:
