@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from r1 import _cpu
@@ -75,10 +76,10 @@ class _Pack:
     ) -> None:
         self.q, (self.k, self.v) = q.contiguous(), (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
         self.k_rope = k_rope if k_rope is None or k_rope.stride(1) == 1 else k_rope.contiguous()
-        self.bounds = cu_seqlens.long().contiguous()
+        self.bounds = cu_seqlens.to(q.device, torch.long).contiguous()  # nobody has looked where these two lie
         self.query_index = None
         if query_index is not None:
-            self.query_index = query_index.long().contiguous()
+            self.query_index = query_index.to(q.device, torch.long).contiguous()
             low, high = (int(x) for x in query_index.aminmax()) if len(query_index) else (0, -1)
             if low < 0 or high >= len(k):
                 raise ValueError(f"query_index_T holds {low if low < 0 else high}, wanted 0 <= row < {len(k)}")
