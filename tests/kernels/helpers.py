@@ -36,6 +36,30 @@ def _join_and_run(rank: int, function: Callable[[int], None], port: int, seed: i
     torch.distributed.destroy_process_group()
 
 
+def same_as_plain(
+    got: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    what: str,
+    floor: float = 3e-6,
+    size: float | None = None,
+    more: float = 0.0,
+) -> None:
+    """The accuracy rule: at most twice the plain version's largest error.
+
+    Where the elements are so few that the plain version may be exact by chance, there is more room: half a last bit of
+    a result that is not float32, and `floor` (float32's last bits: on a GPU a product is three of TF32) times `size`,
+    that of the terms added up, or else of the result. `more` is what cancellation leaves.
+    """
+    error, room, largest = (
+        x.abs().max().item() if exact.numel() else 0.0 for x in (got.double() - exact, plain.double() - exact, exact)
+    )
+    assert got.isfinite().all(), what
+    rounding = torch.finfo(got.dtype).eps / 2 * largest if got.dtype.itemsize < 4 else 0.0
+    limit = 2 * room + rounding + floor * (largest if size is None else size) + more
+    assert error <= limit, f"{what}: {error:.2e}, plain torch {room:.2e}, allowed {limit:.2e}"
+
+
 def assert_fits(binary: Binary, uses_matrix_units: bool) -> None:
     assert fault(binary) is None, f"{fault(binary)}: {binary}"
     if uses_matrix_units:

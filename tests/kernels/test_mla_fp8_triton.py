@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from r1.kernels import append_kv, fp8_latent_bytes, mla_decode
 from r1.kernels.mla import reference, triton_paged
 from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
+from tests.kernels.helpers import same_as_plain
 from tests.kernels.test_mla_fp8 import UNUSED, check_library, dequantised, paged
-from tests.kernels.test_mla_triton import of_one, same_as_plain
+from tests.kernels.test_mla_triton import of_one
 
 F64, HALF, F32 = torch.float64, torch.bfloat16, torch.float32
 

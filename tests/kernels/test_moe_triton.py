@@ -25,18 +25,10 @@ from r1.kernels import (
 from r1.kernels.moe import reference
 from r1.kernels.moe import triton as moe
 from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
-from tests.kernels.helpers import assert_fits, check_operator, leaf
+from tests.kernels.helpers import assert_fits, check_operator, leaf, same_as_plain
 
 F64 = torch.float64
 HALF = torch.bfloat16
-
-
-def same_as_plain(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The accuracy rule: at most twice the plain version's error; float32 products are of three TF32 ones on a GPU."""
-    error, room = ((x.double() - exact).abs().max().item() if exact.numel() else 0.0 for x in (got, plain))
-    size = exact.abs().max().item() if exact.numel() else 0.0
-    assert got.isfinite().all(), what
-    assert error <= 2 * room + 3e-6 * size, f"{what}: {error:.2e}, plain torch {room:.2e}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- route

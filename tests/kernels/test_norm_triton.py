@@ -12,22 +12,11 @@ from r1.bench._ahead_of_time import compiled
 from r1.kernels import apply_rope, rms_norm, rope_tables
 from r1.kernels.norm import triton as norm
 from tests.kernels import interpreter  # noqa: F401 (mends the interpreter)
-from tests.kernels.helpers import assert_fits, check_operator, leaf
+from tests.kernels.helpers import assert_fits, check_operator, leaf, same_as_plain
 
 HALF, F64 = torch.bfloat16, torch.float64
 DTYPES = [HALF, torch.float16, torch.float32]
 EPS = 1e-5
-
-
-def same_as_plain(got: Tensor, plain: Tensor, exact: Tensor, what: str, terms: Tensor | None = None) -> None:
-    """The accuracy rule: at most twice the plain version's error, and a few of the last bits that float32 has for the
-    result, or for the terms that it is the difference of."""
-    error, room, size = (
-        x.abs().max().item() if exact.numel() else 0.0
-        for x in (got.double() - exact, plain.double() - exact, exact if terms is None else terms)
-    )
-    assert got.isfinite().all(), what
-    assert error <= 2 * room + 1e-6 * size, f"{what}: {error:.2e}, plain torch {room:.2e}"
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +63,8 @@ def check_rms_norm(device: str, shape: tuple[int, ...], dtype: torch.dtype, kind
     plain, got = results(plain_norm, x, weight, up), results(our_norm, x, weight, up)
     for name, a, b, c in zip(("out", "dx", "dweight"), got, plain, exact):
         assert a.dtype == (kind if name == "dweight" else dtype) and a.is_contiguous()
-        same_as_plain(a, b, c, name, terms=up * weight * scale if name == "dx" else None)
+        terms = up * weight * scale if name == "dx" else c
+        same_as_plain(a, b, c, name, 1e-6, terms.abs().max().item() if terms.numel() else 0.0)
     kept = norm.rms_norm(x, weight, EPS)[1]
     assert kept.dtype == torch.float32
     torch.testing.assert_close(kept.double(), scale, atol=0, rtol=1e-6)
@@ -173,7 +163,7 @@ def test_apply_rope(device: str, part: tuple[int, ...], interleaved: bool, dtype
     exact, plain = both(turned, x.double(), up.double()), both(turned, x, up)
     for name, a, b, c in zip(("out", "dx"), both(apply_rope, x, up), plain, exact):
         assert a.dtype == dtype and a.is_contiguous()
-        same_as_plain(a, b, c, name)
+        same_as_plain(a, b, c, name, 1e-6)
     alone = apply_rope(x[-1:], *(y[-1:] for y in tables), interleaved)
     assert torch.equal(alone, apply_rope(x, *tables, interleaved)[-1:])
 
