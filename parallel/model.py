@@ -337,7 +337,7 @@ def build(
             value_head=value_head,
         )
         _mark_split_weights(chunk)
-        chunks.append(chunk.to(world.device))
+        chunks.append(chunk if chunk._parameter_device() == world.device else chunk.to(world.device))
     initialise(chunks, model.init_std, seed, world)
     return chunks
 
