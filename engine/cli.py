@@ -68,6 +68,22 @@ def _config(options: argparse.Namespace) -> None:
     print(to_toml(load_config(options.config, options.set)), end="")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from r1.engine.plan import plan
+
+    plan(
+        load_config(options.preset, options.set),
+        stage=options.stage,
+        gpus=options.gpus,
+        device=options.device,
+        sequence_length=options.sequence_length,
+        hardware=options.hardware,
+        out=options.out,
+        look=options.search,
+        dry_run=options.dry_run,
+    )
+
+
 def _report(options: argparse.Namespace) -> None:
     _report_on(options.run)
 
@@ -143,6 +159,21 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("config", parents=[configured], help="print the resolved configuration as TOML")
     command.set_defaults(command=_config)
 
+    command = commands.add_parser("plan", help="predict memory, time and cost of a stage on a cluster")
+    command.add_argument("preset", metavar="PRESET|FILE", help=f"a preset ({names}) or a TOML file")
+    command.add_argument("--stage", metavar="STAGE", help="default: the preset's plan.stage")
+    command.add_argument("--gpus", type=_count, metavar="N", help="default: the preset's plan.gpus")
+    command.add_argument("--device", metavar="DEVICE", help="h800, h100 or h200; default: the preset's plan.device")
+    command.add_argument("--sequence-length", type=_count, metavar="N", help="tokens; default: the stage's longest")
+    command.add_argument("--hardware", metavar="FILE", default=None, help="figures in place of r1's own hardware.toml")
+    command.add_argument("--search", action="store_true", help="look for the fastest layout that fits")
+    command.add_argument("--dry-run", action="store_true", help="walk a rank of each pipeline stage through a step")
+    command.add_argument("--out", metavar="FOLDER", help="write plan.json and plan.png there")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="one setting over the file's; repeat for more"
+    )
+    command.set_defaults(command=_plan)
+
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
     command.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/demo")
     command.set_defaults(command=_report)
@@ -176,6 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_serve)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a number of 1 or more")
+    return int(text)
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -94,6 +94,7 @@ class Engine:
             weight_decay=settings.weight_decay,
             clip_grad=settings.clip_grad,
             moments=settings.moments,
+            offload=settings.offload,
         )
         try:
             parallel.check_model(self.model_config)

@@ -52,6 +52,7 @@ class OptimizerConfig(Section):
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="type that AdamW's moments are kept in; bfloat16 takes 4 bytes a parameter less"
     )
+    offload: bool = Field(False, description="moments and master weights lie in host memory between steps")
     warmup_steps: CountOrNone = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
 
@@ -334,6 +335,24 @@ class RolloutConfig(Section):
     speculate: bool = Field(False, description="the MTP layer guesses tokens ahead, in models that have one")
 
 
+class PlanConfig(Section):
+    """What `r1 plan` plans for where it is not told. None of it changes a run."""
+
+    stage: str = Field("r1_zero", description="a stage's name")
+    device: str = Field("h800", description="h800, h100, h200 or another of the hardware file")
+    gpus: Count = 8
+    prompt_tokens: Count = Field(256, description="of a prompt, on average")
+    completion_tokens: Count = Field(7000, description="of a sampled completion or an SFT sample, on average")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stage not in STAGES:
+            raise ValueError(
+                f"stage = {self.stage!r}, wanted one of {', '.join(STAGES)}{did_you_mean(self.stage, STAGES)}"
+            )
+        return self
+
+
 class Config(Section):
     """One run. `run_dir/<stage>` is where each stage leaves its checkpoint, metrics and samples."""
 
@@ -347,6 +366,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     data: DataConfig = DataConfig()
     stages: StagesConfig = StagesConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -210,9 +211,12 @@ class MultiHeadLatentAttention(_SelfAttention):
         if m.yarn:
             self.scale *= yarn_softmax_scale(m.yarn.factor, m.yarn.mscale_all_dim)
 
-    def _queries(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _query_latent(self, hidden: Tensor) -> Tensor:
+        return self.linear_q_down(hidden) if self.model.q_lora_rank else hidden
+
+    def _queries(self, latent: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         m = self.model
-        x = self.q_norm(self.linear_q_down(hidden)) if m.q_lora_rank else hidden
+        x = self.q_norm(latent) if m.q_lora_rank else latent
         q_TND = self.linear_q_up(x)[0].squeeze(1).unflatten(-1, (self.heads, m.qk_head_dim))
         q_nope, q_rope = q_TND.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
         return q_nope, apply_rope(q_rope, *rope, interleaved=True)
@@ -228,10 +232,11 @@ class MultiHeadLatentAttention(_SelfAttention):
         return self.kv_norm(latent), apply_rope(k_rope, *rope, interleaved=True).squeeze(1)
 
     def _attend(self, hidden: Tensor, packed: PackedSequence) -> Tensor:
-        q_TND = torch.cat(self._queries(hidden, packed.rope), -1)
+        q_latent = self._query_latent(hidden)
         latent, k_rope_TD = self._latents(hidden, packed.rope)
         if not self.exact:
-            return self._attend_expanded(q_TND, latent, k_rope_TD, packed)
+            return self._attend_expanded(q_latent, latent, k_rope_TD, packed)
+        q_TND = self._whole_queries(q_latent, packed)
         with torch.no_grad():
             keys_SD = self._whole_stream(torch.cat([latent.squeeze(1), k_rope_TD], -1), packed)
             out_TND = self._attend_as_decoded(
@@ -240,18 +245,37 @@ class MultiHeadLatentAttention(_SelfAttention):
         if not torch.is_grad_enabled():
             return out_TND
         with numerics("fast"):
-            return _WithGradientOf.apply(out_TND, self._attend_expanded(q_TND, latent, k_rope_TD, packed))
+            kv = self._keys_and_values(latent, packed)
+            return _WithGradientOf.apply(out_TND, self._over_pack(q_TND, kv, k_rope_TD, packed))
 
-    def _attend_expanded(self, q_TND: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
-        if packed.gather_order_T is not None:
-            if self.config.sequence_parallel:
-                latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
-            # The latent is what crosses the network (512 a token, not 128 heads of 256); every rank expands it.
-            kv = self._expand_gathered(self._whole_stream(latent.squeeze(1), packed))
-            k_rope_TD = self._whole_stream(k_rope_TD, packed)
-        else:
-            kv = self.linear_kv_up(latent)[0].squeeze(1)
-        return self._over_expanded(q_TND, kv, k_rope_TD, packed.cu_seqlens, packed.max_seqlen, packed.local_index_T)
+    def _attend_expanded(self, q_latent: Tensor, latent: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
+        def expand(q_latent: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+            return self._whole_queries(q_latent, packed), self._keys_and_values(latent, packed)
+
+        if self.config.parallel.recompute != "selective" or not torch.is_grad_enabled():
+            return self._over_pack(*expand(q_latent, latent), k_rope_TD, packed)
+        # The latents are kept; what the up-projections make of them, ten times as wide, is made again for the backward.
+        up = CheckpointWithoutOutput(fp8=self.config.fp8)
+        q_TND, kv = up.checkpoint(expand, q_latent, latent)
+        out_TND = self._over_pack(q_TND, kv, k_rope_TD, packed)
+        up.discard_output_and_register_recompute(out_TND)
+        return out_TND
+
+    def _whole_queries(self, q_latent: Tensor, packed: PackedSequence) -> Tensor:
+        return torch.cat(self._queries(q_latent, packed.rope), -1)
+
+    def _keys_and_values(self, latent: Tensor, packed: PackedSequence) -> Tensor:
+        """Of the whole stream, (S, heads x (Dn + Dv))."""
+        if packed.gather_order_T is None:
+            return self.linear_kv_up(latent)[0].squeeze(1)
+        if self.config.sequence_parallel:
+            latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)
+        # The latent is what crosses the network (512 a token, not 128 heads of 256); every rank expands it.
+        return self._expand_gathered(self._whole_stream(latent.squeeze(1), packed))
+
+    def _over_pack(self, q_TND: Tensor, kv_SW: Tensor, k_rope_TD: Tensor, packed: PackedSequence) -> Tensor:
+        k_rope_SD = self._whole_stream(k_rope_TD, packed)
+        return self._over_expanded(q_TND, kv_SW, k_rope_SD, packed.cu_seqlens, packed.max_seqlen, packed.local_index_T)
 
     def _over_expanded(
         self,
@@ -317,7 +341,7 @@ class MultiHeadLatentAttention(_SelfAttention):
 
     def _attend_cached(self, hidden: Tensor, step: CachedStep) -> Tensor:
         m = self.model
-        q_nope, q_rope = self._queries(hidden, step.rope)
+        q_nope, q_rope = self._queries(self._query_latent(hidden), step.rope)
         latent, k_rope_TD = self._latents(hidden, step.rope)
         if self.config.sequence_parallel:
             latent = gather_from_sequence_parallel_region(latent, group=self.groups.tp)

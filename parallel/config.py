@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -152,11 +153,21 @@ class ParallelConfig(Section):
     sequence: bool = Field(True, description="sequence parallelism, where tensor > 1")
     pipeline: int = Field(1, ge=1)
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline rank")
+    pipeline_layout: str = Field(
+        "",
+        description="what each of the pipeline x virtual_pipeline stages holds, in Megatron's letters: E embedding,"
+        " t layer, m MTP layer, L loss, | between stages, (...)*n; default: as even as it goes",
+    )
     expert: int = Field(1, ge=1)
     expert_tensor: int = Field(1, ge=1)
     context: int = Field(1, ge=1)
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="selective: norms, dense MLPs and the up-projections of MLA; full: every layer"
+    )
+    overlap_shared_experts: bool = Field(
+        False, description="the shared experts compute while tokens are exchanged among the routed ones"
+    )
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -214,7 +225,9 @@ class ParallelConfig(Section):
         parts.append(("ffn_hidden_size", model.ffn_hidden_size, "tensor", self.tensor))
         parts.append(("vocab_size", model.vocab_size, "tensor", self.tensor))
         stages = self.pipeline * self.virtual_pipeline
-        if stages > model.num_layers:
+        if self.pipeline_layout:
+            self._check_layout(model)
+        elif stages > model.num_layers:
             raise ValueError(
                 f"parallel.pipeline x virtual_pipeline = {stages} leaves stages empty:"
                 f" model.num_layers = {model.num_layers}"
@@ -227,8 +240,42 @@ class ParallelConfig(Section):
                     "parallel.sequence = false with tensor > 1 is not possible for a mixture of experts:"
                     " megatron-core needs sequence parallelism there"
                 )
+            if self.overlap_shared_experts and (not model.num_shared_experts or self.expert == 1):
+                raise ValueError(
+                    "parallel.overlap_shared_experts needs model.num_shared_experts and an exchange to hide behind:"
+                    f" parallel.expert = {self.expert}, wanted 2 or more"
+                )
         elif self.expert > 1 or self.expert_tensor > 1:
             raise ValueError(f"parallel.expert = {self.expert} needs a mixture of experts; the model is dense")
         for name, size, axis, ways in parts:
             if size % ways:
                 raise ValueError(f"parallel.{axis} = {ways} does not divide model.{name} = {size}")
+
+    def stages(self, model: ModelConfig) -> list[str]:
+        """What each stage holds, in `pipeline_layout`'s letters; stage i is on pipeline rank i mod `pipeline`. Where
+        the layers do not divide, the first stages take one more, as the last has the head."""
+        if self.pipeline_layout:
+            text = re.sub(r"\s", "", self.pipeline_layout)
+            text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), text)
+            return re.sub(r"(\w)\*(\d+)", lambda m: m[1] * int(m[2]), text).split("|")
+        count = self.pipeline * self.virtual_pipeline
+        fewest, more = divmod(model.num_layers, count)
+        parts = ["t" * (fewest + (stage < more)) for stage in range(count)]
+        parts[0] = "E" + parts[0]
+        parts[-1] += "m" * model.num_mtp_layers + "L"
+        return parts
+
+    def _check_layout(self, model: ModelConfig) -> None:
+        """ValueError where the letters are not this model's, or not so many stages."""
+        parts, count = self.stages(model), self.pipeline * self.virtual_pipeline
+        flat = "".join(parts)
+        if flat != "E" + "t" * model.num_layers + "m" * model.num_mtp_layers + "L" or len(parts) != count:
+            raise ValueError(
+                f"parallel.pipeline_layout = {self.pipeline_layout!r} has {flat.count('t')} t and {flat.count('m')} m"
+                f" in {len(parts)} stages, wanted E, {model.num_layers} t, {model.num_mtp_layers} m and L in {count}"
+            )
+        if not parts[-1].endswith("m" * model.num_mtp_layers + "L"):
+            raise ValueError(
+                f"parallel.pipeline_layout = {self.pipeline_layout!r} parts the MTP layer from the loss, wanted both in"
+                " the last stage"
+            )

@@ -53,6 +53,7 @@ from r1.parallel.packing import PackedSequence
 from r1.parallel.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYERS = {"E": "embedding", "t": "decoder", "m": "mtp", "L": "loss"}  # of a pipeline layout
 # Triton's own interpreter multiplies with numpy, whose sums follow the matrix's shape.
 EXACT_BACKENDS = {"cpu": ("torch", "cpu"), "cuda": ("triton",)}
 
@@ -85,6 +86,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
             moe_router_enable_expert_bias=True,
             moe_router_bias_update_rate=model.expert_bias_update_speed,
             moe_token_dispatcher_type=parallel.dispatcher,
+            moe_shared_expert_overlap=parallel.overlap_shared_experts,
         )
     if model.num_mtp_layers:
         options.update(mtp_num_layers=model.num_mtp_layers, mtp_loss_scaling_factor=model.mtp_loss_weight)
@@ -101,9 +103,9 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         )
     if parallel.fp8 == "transformer_engine":
         options.update(fp8="e4m3", fp8_recipe="blockwise")
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if model.num_layers % stages:
-        options.update(pipeline_model_parallel_layout=uneven_layout(model, stages))
+    if parallel.pipeline_layout or model.num_layers % (parallel.pipeline * parallel.virtual_pipeline):
+        layout = [[LAYERS[letter] for letter in stage] for stage in parallel.stages(model)]
+        options.update(pipeline_model_parallel_layout=layout)
     initialise = functools.partial(torch.nn.init.normal_, mean=0.0, std=model.init_std)
     return DecoderConfig(
         model=model,
@@ -142,15 +144,6 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         calculate_per_token_loss=True,
         **options,
     )
-
-
-def uneven_layout(model: ModelConfig, stages: int) -> list[list[str]]:
-    """The layers of each stage where they do not divide: the first stages take one more, as the last has the head."""
-    fewest, more = divmod(model.num_layers, stages)
-    layout = [["decoder"] * (fewest + (stage < more)) for stage in range(stages)]
-    layout[0].insert(0, "embedding")
-    layout[-1] += ["mtp"] * model.num_mtp_layers + ["loss"]
-    return layout
 
 
 def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
@@ -234,7 +227,7 @@ class DecoderModel(GPTModel):
                 self.output_layer.__class__ = Head
 
     def _parameter_device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
+        return next(self.parameters()).device
 
     def forward(self, tokens_T: Tensor, packed: PackedSequence | CachedStep) -> Tensor:  # type: ignore[override]
         """tokens_T local to this context-parallel rank → hidden states; (1 + MTP layers) of them at the last stage,

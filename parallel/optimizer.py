@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -72,24 +73,73 @@ class ChainedAdamW(ChainedOptimizer):
     """Megatron's optimisers, of the dense and of the expert parameters, with a step that clips on the way: Megatron's
     own would read and write all gradients once more, where the kernel takes them times the coefficient."""
 
-    def __init__(self, parts: Sequence[MegatronOptimizer], moments: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[MegatronOptimizer], moments: torch.dtype, offload: bool = False) -> None:
         super().__init__(list(parts))
+        self.offload, self.on_host = offload, False
         for part in parts:
             part.optimizer.moments = moments
             for group in part.optimizer.param_groups:
                 for p in group["params"]:
                     part.optimizer.initialize_state(p)  # a checkpoint may come before the first step
+        self.to_host()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, None]:
         """(whether it was taken, the norm of all gradients before clipping, None for Megatron's count of zeros)."""
+        self.to_device()
         if self.prepare_grads():
             return False, None, None
         norm = self.get_grad_norm()
         clip = self.config.clip_grad
         for part in self.chained_optimizers:
             part.optimizer.grad_scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-        return self.step_with_ready_grads(), norm, None
+        done = self.step_with_ready_grads()
+        self.to_host()
+        return done, norm, None
+
+    def to_host(self) -> None:
+        """With `offload`, moments and master weights lie in host memory between steps, when activations need the
+        device's. (Where the model is float32 itself, it has no master weights.)"""
+        if self.offload and not self.on_host:
+            self._move(host_copy)
+        self.on_host = self.offload
+
+    def to_device(self) -> None:
+        """Brings them back, for a step or whoever else reads them."""
+        if self.on_host:
+            device = self.chained_optimizers[0].model_chunks[0].buffers[0].grad_data.device
+            self._move(functools.partial(device_copy, device=device))
+        self.on_host = False
+
+    def _move(self, moved: Callable[[Tensor], Tensor]) -> None:
+        for part in self.chained_optimizers:
+            for masters in part.shard_fp32_from_float16_groups:
+                for p in masters:
+                    p.grad, p.data = None, moved(p.data)
+            for state in part.optimizer.state.values():
+                for name, value in state.items():
+                    state[name] = moved(value)
+
+    def sharded_state_dict(self, *args: Any, **options: Any) -> Any:
+        self.to_device()
+        return super().sharded_state_dict(*args, **options)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.to_device()
+        super().load_state_dict(state_dict)
+
+    def reload_model_params(self, *args: Any, **options: Any) -> None:
+        self.to_device()
+        super().reload_model_params(*args, **options)
+
+
+def host_copy(x: Tensor) -> Tensor:
+    """x in host memory, page-locked where a GPU is to read it."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+
+def device_copy(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device, non_blocking=True)
 
 
 def l2_norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:

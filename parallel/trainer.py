@@ -36,6 +36,7 @@ class AdamConfig(Section):
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="type that both moments are kept in; bfloat16 takes 4 bytes a parameter less"
     )
+    offload: bool = Field(False, description="moments and master weights lie in host memory between steps")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -107,7 +108,7 @@ class Trainer:
             self.wrapped,
             use_gloo_process_groups=torch.cuda.is_available(),
         )
-        self.optimizer = ChainedAdamW(chain.chained_optimizers, DTYPES[adam.moments])
+        self.optimizer = ChainedAdamW(chain.chained_optimizers, DTYPES[adam.moments], adam.offload)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -119,6 +120,7 @@ class Trainer:
         """
         if self.optimizer is None or self.adam is None:
             raise RuntimeError("this model was built without an optimiser")
+        self.optimizer.to_host()  # from where a checkpoint may have brought them
         for module in self.wrapped:
             module.train()
             module.zero_grad_buffer()

@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from r1.parallel import checkpoint
+from r1.parallel import checkpoint, optimizer
 from r1.parallel.config import ParallelConfig
 from r1.parallel.optimizer import AdamW, l2_norm
 from r1.parallel.trainer import AdamConfig, Trainer
@@ -251,3 +251,41 @@ def test_a_checkpoint_of_other_moments_is_rounded(problem: Problem, tmp_path: Pa
                 assert torch.equal(ours.optimizer.state[p][name], value.bfloat16())
                 count += int(value.count_nonzero())
     assert count
+
+
+# ------------------------------------------------------------------------------------------------------- in host memory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloading_changes_no_bit(dtype: str, problem: Problem, tmp_path: Path, monkeypatch: Any) -> None:
+    """Moments and master weights go to host memory between steps, and into checkpoints from there."""
+    moved: list[torch.Tensor] = []
+
+    def host_copy(x: torch.Tensor) -> torch.Tensor:
+        x, poisoned = x.clone(), x
+        poisoned.fill_(torch.nan)  # on a GPU this would be free memory by now
+        moved.append(x)
+        return x
+
+    monkeypatch.setattr(optimizer, "host_copy", host_copy)
+    results = []
+    for offload in (False, True):
+        parallel = ParallelConfig(dtype=dtype)
+        adam = AdamConfig(**RULE, clip_grad=TIGHT, offload=offload)
+        trainer, again = (Trainer(MODELS["latent_dense"], parallel, join(parallel), seed=s, adam=adam) for s in (7, 8))
+        for _ in range(2):
+            metrics = [trainer.train_step(problem.batches(), LOSSES["supervised"], LEARNING_RATE)]
+        folder = tmp_path / f"{dtype} {offload}"
+        checkpoint.save(trainer, folder, {})
+        checkpoint.load(again, folder, optimizer=True)
+        for one in (trainer, again):
+            metrics.append(one.train_step(problem.batches(), LOSSES["supervised"], LEARNING_RATE))
+        assert trainer.optimizer.on_host == offload
+        results.append((metrics, assemble(pieces(trainer)), assemble(pieces(again))))
+    masters = 1 if dtype == "bfloat16" else 0
+    parameters = len(list(trainer.chunks[0].parameters()))
+    assert len(moved) >= 6 * (2 + masters) * parameters
+    (metrics, *plain), (metrics_2, *offloaded) = results
+    assert metrics == metrics_2
+    for key, value in plain[0].items():
+        assert all(torch.equal(value, other[key]) for other in (plain[1], *offloaded)), key
