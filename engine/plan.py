@@ -74,6 +74,11 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
     if settings is None:
         raise ValueError(f"stage = {stage!r}, wanted one of {', '.join(type(config.stages).model_fields)}")
     model: ModelConfig = (config.student or config.model) if stage == "distill" else config.model
+    if sequence_length and sequence_length > model.max_positions:
+        raise ValueError(
+            f"sequence length {sequence_length} exceeds the model's max_positions = {model.max_positions}: at most"
+            f" {model.max_positions} would fit"
+        )
     parallel = config.parallel
     if not model.is_moe:
         parallel = parallel.model_copy(update={"expert": 1, "expert_tensor": 1})
@@ -188,7 +193,7 @@ def run_rank(work: Workload, gpus: int, rank: int) -> dict[str, Any]:
     p = work.parallel
     stage = rank // (gpus // p.pipeline)
     planned = work.step(gpus).micro_batches
-    wanted = p.pipeline - stage
+    wanted = p.pipeline - stage + 1
     if p.virtual_pipeline > 1:
         first = 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
         wanted = -(-first // (p.virtual_pipeline * p.pipeline)) * p.pipeline

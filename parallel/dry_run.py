@@ -122,6 +122,8 @@ class Ledger(TorchDispatchMode):
             else:
                 out = func(*args, **kwargs)
         else:
+            if func.namespace == "c10d":
+                self._collective(func, args, kwargs)
             out = func(*args, **kwargs)
         if count := flops_of(func, args, kwargs, out, self.sequence_length):
             self.flops[func._schema.name.replace("::", ".")] += count
@@ -352,7 +354,8 @@ def _micro_batch(tokens: int, sequence_length: int, kind: str) -> MicroBatch:
 def _names_of(world: worlds.World) -> dict[str, str]:
     """Which axis of the layout a process group is for, by torch's name of it."""
     names: dict[str, str] = {dist.distributed_c10d._get_default_group().group_name: "world"}
-    for axis, group in vars(world.groups).items():
+    # Megatron has several names for some groups, in no order.
+    for axis, group in sorted(vars(world.groups).items(), key=lambda item: (len(item[0]), item[0])):
         if isinstance(group, dist.ProcessGroup):
             names.setdefault(group.group_name, axis)
     return names

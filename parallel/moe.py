@@ -171,7 +171,13 @@ class MixtureOfExperts(MoELayer):
     ) -> tuple[Tensor, None]:
         local = self.ep_group.size() == 1 and self.token_dispatcher.tp_size == 1
         if not local or intermediate_tensors is not None or self.shared_expert_overlap or self.moe_layer_recompute:
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+            result = super().forward(hidden_states, intermediate_tensors, padding_mask)
+            for name in ("probs", "routing_map", "local_probs", "local_map"):
+                # The dispatcher would hold on to the choice, and by its graph to what this layer's backward made,
+                # until the layer's next forward.
+                if hasattr(self.token_dispatcher, name):
+                    setattr(self.token_dispatcher, name, None)
+            return result
         mask = padding_mask.transpose(0, 1).bool() if padding_mask is not None else None
         # Called as modules: Megatron waits for gathered parameters in hooks before a module's forward.
         ids_TK, weights_TK = self.router(hidden_states, mask, as_ids=True)

@@ -6,7 +6,7 @@ rows that a rank's experts take. With equal loads, P = t x experts_per_token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.planner.schedule import order
@@ -87,8 +87,11 @@ def is_moe(model: ModelConfig, layer: int) -> bool:
     return model.is_moe and layer >= model.num_dense_layers
 
 
-def stage_counts(model: ModelConfig, parallel: ParallelConfig, value_head: bool = False) -> list[Counts]:
-    """Of each stage (model chunk), in the order of the layers."""
+def stage_counts(
+    model: ModelConfig, parallel: ParallelConfig, value_head: bool = False, mtp_runs: bool = True
+) -> list[Counts]:
+    """Of each stage (model chunk), in the order of the layers. Weights are quantised when they are first multiplied by:
+    those of an MTP layer that does not run never are."""
     stages, layer, result = parallel.stages(model), 0, []
     H, table = model.hidden_size, model.vocab_size * model.hidden_size // parallel.tensor
     mtp = model.num_mtp_layers and not value_head
@@ -100,7 +103,8 @@ def stage_counts(model: ModelConfig, parallel: ParallelConfig, value_head: bool 
                 layer += 1
             elif letter == "m" and mtp:
                 own = Counts(2 * H * H // parallel.tensor + 3 * H)
-                total += layer_counts(model, parallel, model.is_moe) + own
+                of = layer_counts(model, parallel, model.is_moe)
+                total += (of if mtp_runs else replace(of, quantized=0)) + own
         if "L" in letters:
             tied = model.tie_embeddings and not value_head
             # MTP reads the embedding, and a tied head is one: the last stage has a copy.
@@ -170,7 +174,8 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
         middle = 0 if selective else b * T * 2 * F + (QUANTIZED if fp8 else b) * T * F
         kept += middle + norm + (QUANTIZED * T * H if fp8 and not selective else 0)
         forward = b * T * F
-        backward = b * T * 2 * F
+        # Of the two products' inputs, or of the second's input and, gathered, of the output.
+        backward = max(b * T * 2 * F, b * T * (H + F) if t != T else 0)
         if selective:
             backward += b * T * 3 * F + b * T * H
     else:
@@ -192,46 +197,71 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
         forward = (5 if fp8 else 4) * b * P * H
         backward = 2 * b * P * H + weights + 4 * b * t * H
     if parallel.recompute == "full":
-        backward, kept = max(forward, backward) + kept + 3 * b * t * H, b * t * H
+        beside = 3 if moe else -2  # of the layer's input and output, gradients among them
+        backward, kept = max(forward, backward) + kept + beside * b * t * H, b * t * H
     elif selective and m.architecture == "deepseek_v3":
         expanded = m.num_heads // tp * (T * m.qk_head_dim + tokens * (m.qk_nope_head_dim + m.v_head_dim))
         backward = max(backward, 3 * b * expanded)
     return Layer(kept, forward, backward)
 
 
-def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) -> list[tuple[float, float]]:
-    """(kept of one micro-batch, most that is needed beside for a moment) of each stage."""
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of one stage: kept of one micro-batch, kept once, and what is needed for a moment."""
+
+    kept: float
+    once: float
+    working: float
+
+
+def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) -> list[Chunk]:
+    """Of each stage, in the order of the layers."""
     b, H = BYTES[parallel.dtype], model.hidden_size
     T = step.tokens_per_micro_batch // parallel.context
     t = T // parallel.tensor if parallel.sequence else T
-    layer, result = 0, []
-    for letters in parallel.stages(model):
+    stages, layer, result = parallel.stages(model), 0, []
+    for number, letters in enumerate(stages):
         kept = working = float(b * t * H)  # what came in
+        once = 0.0
         for letter in letters:
-            if letter == "t" or (letter == "m" and step.uses_mtp):
-                of = layer_bytes(model, parallel, step.tokens_per_micro_batch, is_moe(model, layer))
-                layer += letter == "t"
-                kept += of.kept
-                working = max(working, of.forward, of.backward)
-            if letter == "m" and step.uses_mtp:
-                kept += (1 if parallel.recompute == "full" else 7) * b * t * H + _head_kept(model, parallel, T, t)
+            runs = letter == "t" or (letter == "m" and step.uses_mtp)
+            if not runs:
+                continue
+            moe = is_moe(model, layer) if letter == "t" else model.is_moe
+            of = layer_bytes(model, parallel, step.tokens_per_micro_batch, moe)
+            layer += letter == "t"
+            kept += of.kept
+            working = max(working, of.forward, of.backward)
+            if letter == "m":
+                kept += (2 if parallel.recompute == "full" else 8) * b * t * H + _head_kept(model, parallel, T, t)
+            elif layer == model.num_layers:
+                kept += b * t * H  # the last norm
         if "L" in letters:
             kept += _head_kept(model, parallel, T, t)
             if not step.value_head:
                 rows = model.vocab_size // parallel.tensor
                 logits = 4 * rows * min(T, max(LOGITS, SPAN * T) // rows)
                 # Gradients of the head's weight; MTP's second use of it, and of the embedding, wait to be added up.
+                # One that is the embedding too is held back to the end.
                 tables = 3 if step.uses_mtp and model.num_mtp_layers else 1
+                if model.tie_embeddings:
+                    working += b * rows * H
                 working = max(working, tables * b * rows * H, b * rows * H + b * T * H + logits)
-        passed_on = 0 if "E" in letters else 2 * b * t * H  # what the next micro-batch brings, and its gradient
-        result.append((kept, working + passed_on))
+        if number + 1 < len(stages):
+            once += b * t * H  # a gradient that came back
+        if number > 0:
+            working += b * t * H  # the next micro-batch's input
+        if parallel.tensor > 1 and parallel.sequence and parallel.fp8 != "block":
+            once += b * T * H  # Megatron's buffer for what its linears gather
+        result.append(Chunk(kept, once, working))
     return result
 
 
 def _head_kept(model: ModelConfig, parallel: ParallelConfig, T: int, t: int) -> float:
-    """The last norm and what the loss keeps: hidden states, whole on every tensor-parallel rank."""
-    b, H = BYTES[parallel.dtype], model.hidden_size
-    return b * t * H + (b * T * H if t != T else 0) + 24 * T
+    """What a loss keeps: hidden states, gathered from the tensor-parallel ranks, and the logits where they are few."""
+    rows = model.vocab_size // parallel.tensor
+    logits = 4 * T * rows if T <= max(LOGITS, SPAN * T) // rows else 0
+    return (BYTES[parallel.dtype] * T * model.hidden_size if t != T else 0) + 24 * T + logits
 
 
 def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int, sizes: list[float]) -> float:
@@ -253,7 +283,7 @@ def memory(model: ModelConfig, parallel: ParallelConfig, adam: AdamConfig, step:
     if step.value_head:
         model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     b, p = BYTES[parallel.dtype], parallel.pipeline
-    counts = stage_counts(model, parallel, step.value_head)
+    counts = stage_counts(model, parallel, step.value_head, step.uses_mtp)
     activations = stage_activations(model, parallel, step)
     expert_data = world_size // (p * parallel.expert * parallel.expert_tensor)
     master = 4 if parallel.dtype == "bfloat16" else 0
@@ -261,7 +291,10 @@ def memory(model: ModelConfig, parallel: ParallelConfig, adam: AdamConfig, step:
     result = []
     for rank in range(p):
         own = sum(counts[rank::p], Counts())
-        kept, working = zip(*activations[rank::p])
+        chunks = activations[rank::p]
+        waiting = in_flight(parallel, rank, step.micro_batches, [c.kept for c in chunks])
+        waiting += max(c.once for c in chunks)
+        working = max(c.working for c in chunks)
         optimizer = state * (own.dense / (data * parallel.context) + own.experts / expert_data)
         result.append(
             Memory(
@@ -269,8 +302,9 @@ def memory(model: ModelConfig, parallel: ParallelConfig, adam: AdamConfig, step:
                 gradients=4 * (own.dense + own.experts),
                 optimizer=0.0 if adam.offload else optimizer,
                 quantized=2 * own.quantized if parallel.fp8 == "block" else 0.0,
-                activations=in_flight(parallel, rank, step.micro_batches, list(kept)),
-                working=max(working),
+                activations=waiting,
+                # What was offloaded comes back for the step, when there are no activations.
+                working=max(working, optimizer - waiting) if adam.offload else working,
                 host=optimizer if adam.offload else 0.0,
             )
         )
