@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.progress import track
@@ -170,7 +172,8 @@ def dry_runs(work: Workload, gpus: int, console: Console) -> list[dict[str, Any]
     """One rank of every pipeline stage through a step, in two processes; prints and returns what they counted."""
     ranks = [stage * gpus // work.parallel.pipeline for stage in range(work.parallel.pipeline)]
     context = get_context("spawn")
-    with ProcessPoolExecutor(min(2, len(ranks)), mp_context=context) as pool:
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    with mock.patch.dict(os.environ, quiet), ProcessPoolExecutor(min(2, len(ranks)), mp_context=context) as pool:
         jobs = [pool.submit(run_rank, work, gpus, rank) for rank in ranks]
         results = [job.result() for job in track(jobs, "dry run", console=console, transient=True)]
     table = Table(title="Dry run: one rank of each pipeline stage, counted from its tensors (GB)")

@@ -82,6 +82,8 @@ def _answer_for_cuda() -> None:
     for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)
+    # It says at every recomputed layer that the CPU's random state moved with the GPU's, which here are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.record_stream = lambda self, stream: None
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from r1.engine.config import load_config
 from r1.parallel import world as worlds
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.dry_run import Ledger, _loss, _micro_batch, _names_of, dry_run
+from r1.parallel.dry_run import _loss, _micro_batch, _names_of, dry_run
+from r1.parallel.ledger import Ledger
 from r1.parallel.trainer import AdamConfig, Trainer
 from tests.parallel.tiny import MODELS
 

@@ -16,7 +16,8 @@ import pytest
 from r1.engine.config import load_config
 from r1.kernels.grpo import LOGITS_ON_CPU, LOGITS_ON_GPU
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.dry_run import Ledger, _loss, _micro_batch, dry_run
+from r1.parallel.dry_run import _loss, _micro_batch, dry_run
+from r1.parallel.ledger import Ledger
 from r1.parallel.planner import memory as planner_memory
 from r1.parallel.planner.memory import Step, memory, stage_counts
 from r1.parallel.trainer import AdamConfig, Trainer
