@@ -16,12 +16,13 @@ from r1.engine.logs import is_main_process, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    """Runs one command; the exit code: 0 done, 1 a plan that does not fit, 2 bad input (one sentence on stderr), 130
+    interrupted."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of megatron's calls
     try:
-        options.command(options)
+        code = options.command(options) or 0
         _leave()
     except KeyboardInterrupt:
         say("r1: interrupted; the same command goes on from the last checkpoint")
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _tell(str(error))
         return 2
-    return 0
+    return code
 
 
 def run_stage(name: str, config: Config) -> None:
@@ -68,10 +69,10 @@ def _config(options: argparse.Namespace) -> None:
     print(to_toml(load_config(options.config, options.set)), end="")
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> int:
     from r1.engine.plan import plan
 
-    plan(
+    result = plan(
         load_config(options.preset, options.set),
         stage=options.stage,
         gpus=options.gpus,
@@ -82,6 +83,7 @@ def _plan(options: argparse.Namespace) -> None:
         look=options.search,
         dry_run=options.dry_run,
     )
+    return 0 if result.fits else 1
 
 
 def _report(options: argparse.Namespace) -> None:

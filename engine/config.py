@@ -39,6 +39,14 @@ def load_config(name_or_file: str = "tiny", settings: Sequence[str] = ()) -> Con
     return config_from(values)
 
 
+def with_settings(config: Config, settings: Sequence[str]) -> Config:
+    """The configuration with `settings` ("a.b=c") put over it; UserError where they are wrong."""
+    values = config.model_dump(by_alias=True)
+    for setting in settings:
+        _assign(values, setting)
+    return config_from(values)
+
+
 def config_from(values: dict[str, Any]) -> Config:
     """The checked configuration of nested tables; UserError where they are not one."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from r1.engine.config import with_settings
 from r1.engine.errors import UserError
 from r1.engine.settings import Config, EvaluateStage, GrpoStage, RejectionSamplingStage, RewardModelStage, SftStage
 from r1.parallel.config import ModelConfig
-from r1.parallel.planner.hardware import FILE, load_hardware
+from r1.parallel.planner.hardware import FILE, Hardware, load_hardware
 from r1.parallel.planner.plan import ROLES, Plan, Sampled, Workload, make_plan, search
 from r1.parallel.trainer import AdamConfig
 
@@ -39,32 +41,76 @@ def plan(
 ) -> Plan:
     """Prints the plan of a stage, and with `out` writes plan.json and plan.png there; `look` searches for a faster
     layout, and `dry_run` walks one rank of every pipeline stage through a step. Raises UserError where the stage cannot
-    run there at all."""
-    gpus, device = gpus or config.plan.gpus, device or config.plan.device
+    run there at all, or the dry run cannot have its layout."""
+    stage, gpus, device = stage or config.plan.stage, gpus or config.plan.gpus, device or config.plan.device
     console = Console()
     try:
         figures = load_hardware(hardware or FILE)
-        work = workload(config, stage or config.plan.stage, sequence_length)
+        work = workload(config, stage, sequence_length)
         result = make_plan(work, gpus, device, figures)
-    except ValueError as error:
+        if not result.fits:
+            result.advice = advice(config, stage, gpus, device, figures, sequence_length)
+        _print(result, console)
+        document: dict[str, Any] = {"plan": result.as_json()}
+        if look:
+            found = search(
+                work, gpus, device, figures, lambda x: track(x, "searching", console=console, transient=True)
+            )
+            _print_search(found, result, console)
+            document["search"] = [plan.as_json() for _, plan in found]
+        if dry_run:
+            document["dry_run"] = dry_runs(work, gpus, console)
+        if out is not None:
+            _write(document, result, work, Path(out), console)
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    _print(result, console)
-    document: dict[str, Any] = {"plan": result.as_json()}
-    if look:
-        found = search(work, gpus, device, figures, lambda x: track(x, "searching", console=console, transient=True))
-        _print_search(found, result, console)
-        document["search"] = [plan.as_json() for _, plan in found]
-    if dry_run:
-        document["dry_run"] = dry_runs(work, gpus, console)
-    if out is not None:
-        from r1.engine.plan_drawing import draw
-
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        draw(result, work, folder / "plan.png")
-        console.print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
     return result
+
+
+def advice(
+    config: Config, stage: str, gpus: int, device: str, figures: Hardware, sequence_length: int | None = None
+) -> list[str]:
+    """Settings with which the stage would fit: single ones, else pairs, else three; the fastest few, as --set takes
+    them."""
+    p, at = config.parallel, f"stages.{stage}"
+    changes = [
+        ["parallel.recompute=selective"],
+        ["parallel.recompute=full"],
+        [f"{at}.optimizer.moments=bfloat16"],
+        [f"{at}.optimizer.offload=true"],
+        [f"parallel.tensor={2 * p.tensor}"],
+        [f"parallel.context={2 * p.context}"],
+        [f"parallel.pipeline={2 * p.pipeline}", 'parallel.pipeline_layout=""'],
+        [f"parallel.expert={2 * p.expert}"],
+    ]
+    tokens = getattr(getattr(config.stages, stage), "tokens_per_micro_batch", 1)
+    if tokens > 1 and sequence_length is None:
+        changes.append([f"{at}.tokens_per_micro_batch={tokens // 2}"])
+    plain = workload(config, stage, sequence_length)
+    for many in (1, 2, 3):
+        found = []
+        for chosen in itertools.combinations(changes, many):
+            settings = [setting for change in chosen for setting in change]
+            try:
+                work = workload(with_settings(config, settings), stage, sequence_length)
+                plan = make_plan(work, gpus, device, figures)
+            except (ValueError, UserError):
+                continue
+            if plan.fits and work != plain:
+                text = " ".join(f"--set {setting}" for setting in settings)
+                found.append((plan.step_seconds, f"would fit, {plan.worst / 1e9:.1f} GB: {text}"))
+        if found:
+            return [text for _, text in sorted(found)[:3]]
+    return ["no small change of the settings fits: more GPUs, or --search"]
+
+
+def _write(document: dict[str, Any], plan: Plan, work: Workload, folder: Path, console: Console) -> None:
+    from r1.engine.plan_drawing import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw(plan, work, folder / "plan.png")
+    console.print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
 
 
 # ------------------------------------------------------------------------------------------------------ what a stage is
@@ -80,6 +126,11 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
         raise ValueError(
             f"sequence length {sequence_length} exceeds the model's max_positions = {model.max_positions}: at most"
             f" {model.max_positions} would fit"
+        )
+    if sequence_length and sequence_length <= config.plan.prompt_tokens:
+        raise ValueError(
+            f"sequence length {sequence_length} leaves nothing beside a prompt of plan.prompt_tokens ="
+            f" {config.plan.prompt_tokens}"
         )
     parallel = config.parallel
     if not model.is_moe:
@@ -109,7 +160,8 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
                 longest_tokens=min(longest, settings.max_tokens_per_rollout or longest),
                 steps_per_rollout=settings.minibatches_per_rollout,
                 max_sequences=config.rollout.max_sequences,
-                speculate=config.rollout.speculate,
+                cache_tokens=config.rollout.cache_tokens,
+                speculate=config.rollout.speculate and model.num_mtp_layers > 0,
             ),
         )
     if isinstance(settings, RewardModelStage):
@@ -128,7 +180,7 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
     if isinstance(settings, SftStage):
         longest = sequence_length or settings.max_tokens
         length = min(longest, mean)
-        samples = getattr(settings, "max_samples", 0) or 804_745  # of R1's SFT set
+        samples = getattr(settings, "max_samples", 0) or config.plan.sft_samples
         return Workload(
             **common,
             tokens_per_step=settings.sequences_per_step * length,
@@ -150,10 +202,16 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
             steps=1,
             trains=False,
             sampled=Sampled(
-                samples, config.plan.prompt_tokens, length - config.plan.prompt_tokens, longest, 1,
-                config.rollout.max_sequences, config.rollout.speculate,
+                completions=samples,
+                prompt_tokens=config.plan.prompt_tokens,
+                mean_tokens=length - config.plan.prompt_tokens,
+                longest_tokens=longest,
+                steps_per_rollout=1,
+                max_sequences=config.rollout.max_sequences,
+                cache_tokens=config.rollout.cache_tokens,
+                speculate=config.rollout.speculate and model.num_mtp_layers > 0,
             ),
-        )  # fmt: skip
+        )
     longest = sequence_length or min(settings.tokens_per_micro_batch, model.max_positions)
     return Workload(
         **common,
@@ -170,6 +228,8 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
 
 def dry_runs(work: Workload, gpus: int, console: Console) -> list[dict[str, Any]]:
     """One rank of every pipeline stage through a step, in two processes; prints and returns what they counted."""
+    if not work.trains:
+        raise ValueError(f"{work.name} only samples: a dry run is of a training step")
     ranks = [stage * gpus // work.parallel.pipeline for stage in range(work.parallel.pipeline)]
     context = get_context("spawn")
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -177,7 +237,7 @@ def dry_runs(work: Workload, gpus: int, console: Console) -> list[dict[str, Any]
         jobs = [pool.submit(run_rank, work, gpus, rank) for rank in ranks]
         results = [job.result() for job in track(jobs, "dry run", console=console, transient=True)]
     table = Table(title="Dry run: one rank of each pipeline stage, counted from its tensors (GB)")
-    for column in ("stage", "parameters", *results[0]["peak"], "peak", "PFLOP", "collectives"):
+    for column in ("stage", "parameters", *results[0]["peak"], "peak", "micro-batches", "PFLOP", "collectives"):
         table.add_column(column, justify="right")
     for r in results:
         peak = sum(r["peak"].values())
@@ -221,7 +281,8 @@ def _print(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{plan.stage} on {plan.gpus} {plan.device}[/bold] (every number is a prediction): tensor {p['tensor']},"
         f" pipeline {p['pipeline']} x {p['virtual_pipeline']}, context {p['context']}, expert {p['expert']}, data"
-        f" {p['data']}, recompute {p['recompute']}, FP8 {p['fp8']}; {plan.micro_batches} micro-batches a step"
+        f" {p['data']}, recompute {p['recompute']}, FP8 {p['fp8']}"
+        + (f"; {plan.micro_batches} micro-batches a step" if plan.training else "")
     )
     for title, rows in (("training", plan.training), ("rollout", plan.rollout)):
         roles = [role for role in ROLES if any(row.get(role) for row in rows)]

@@ -342,6 +342,7 @@ class PlanConfig(Section):
     device: str = Field("h800", description="h800, h100, h200 or another of the hardware file")
     gpus: Count = 8
     prompt_tokens: Count = Field(256, description="of a prompt, on average")
+    sft_samples: Count = Field(804_745, description="that SFT and distillation learn")
     completion_tokens: Count = Field(7000, description="of a sampled completion or an SFT sample, on average")
 
     @model_validator(mode="after")

@@ -85,6 +85,8 @@ def save(
             folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    if "optimizer" in tensors:
+        trainer.optimizer.to_host()
     dist.barrier()
 
 

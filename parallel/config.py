@@ -257,7 +257,8 @@ class ParallelConfig(Section):
         if self.pipeline_layout:
             text = re.sub(r"\s", "", self.pipeline_layout)
             text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), text)
-            return re.sub(r"(\w)\*(\d+)", lambda m: m[1] * int(m[2]), text).split("|")
+            text = re.sub(r"(\w)\*(\d+)", lambda m: m[1] * int(m[2]), text)
+            return (text if model.num_mtp_layers else text.replace("m", "")).split("|")  # a reward model has none
         count = self.pipeline * self.virtual_pipeline
         fewest, more = divmod(model.num_layers, count)
         parts = ["t" * (fewest + (stage < more)) for stage in range(count)]

@@ -106,10 +106,14 @@ def dry_run(
     """One training step of rank `rank` under a loss of this kind (preference: a reward model's, with its head):
     `micro_batches` of `tokens_per_micro_batch` tokens, in sequences of `sequence_length` tokens.
 
-    ValueError where the layout does not fit the world or the model.
+    ValueError where the layout does not fit the world or the model, or asks what only data could answer.
     """
     parallel.data(world_size)
     parallel.check_model(model)
+    for axis, wanted in (("numerics", "fast"), ("dispatcher", "alltoall"), ("expert_tensor", 1)):
+        value = getattr(parallel, axis)
+        if value != wanted and (model.is_moe or axis == "numerics"):
+            raise ValueError(f"a dry run cannot have parallel.{axis} = {value}, wanted {wanted}")
     ledger = Ledger(sequence_length, hollow=True)
     with fake_world(rank, world_size):
         world = replace(worlds.join(parallel), device=META)

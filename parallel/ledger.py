@@ -124,8 +124,10 @@ class Ledger(TorchDispatchMode):
     @contextlib.contextmanager
     def all_is(self, kind: str) -> Iterator[None]:
         self.forced_kind = kind
-        yield
-        self.forced_kind = None
+        try:
+            yield
+        finally:
+            self.forced_kind = None
 
     def _kind_now(self) -> str:
         if self.forced_kind:
@@ -153,12 +155,9 @@ class Ledger(TorchDispatchMode):
             return
         group = next((_group_of(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.ScriptObject)), None)
         which, size = (self.group_names.get(group.group_name, "?"), group.size()) if group is not None else ("?", 0)
-        # The second argument of these is what goes out; all others have one.
-        at = (
-            1
-            if name in ("allgather_base", "reduce_scatter_base", "alltoall_base", "allgather", "reduce_scatter")
-            else 0
-        )
+        # These name where the result goes first.
+        into = name.endswith(("_base", "_coalesced")) or name in ("allgather", "reduce_scatter")
+        at = 1 if into else 0
         sent = sum(x.numel() * x.element_size() for x in tree_iter(args[at]) if isinstance(x, Tensor))
         entry = self.calls.setdefault((name, which, size), [0, 0])
         entry[0] += 1

@@ -88,6 +88,7 @@ class ChainedAdamW(ChainedOptimizer):
         """(whether it was taken, the norm of all gradients before clipping, None for Megatron's count of zeros)."""
         self.to_device()
         if self.prepare_grads():
+            self.to_host()
             return False, None, None
         norm = self.get_grad_norm()
         clip = self.config.clip_grad
@@ -121,16 +122,19 @@ class ChainedAdamW(ChainedOptimizer):
                     state[name] = moved(value)
 
     def sharded_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Of the state on the device; whoever has written it calls to_host()."""
         self.to_device()
         return super().sharded_state_dict(*args, **options)
 
     def load_state_dict(self, state_dict: Any) -> None:
         self.to_device()
         super().load_state_dict(state_dict)
+        self.to_host()
 
     def reload_model_params(self, *args: Any, **options: Any) -> None:
         self.to_device()
         super().reload_model_params(*args, **options)
+        self.to_host()
 
 
 def host_copy(x: Tensor) -> Tensor:

@@ -101,6 +101,8 @@ def stage_counts(
             if letter == "t":
                 total += layer_counts(model, parallel, is_moe(model, layer))
                 layer += 1
+                if layer == model.num_layers:
+                    total += Counts(H)  # the last norm
             elif letter == "m" and mtp:
                 own = Counts(2 * H * H // parallel.tensor + 3 * H)
                 of = layer_counts(model, parallel, model.is_moe)
@@ -109,7 +111,7 @@ def stage_counts(
             tied = model.tie_embeddings and not value_head
             # MTP reads the embedding, and a tied head is one: the last stage has a copy.
             copy = table if number > 0 and (mtp or tied) else 0
-            total += Counts(H + copy + (H if value_head else 0 if tied else table))
+            total += Counts(copy + (H if value_head else 0 if tied else table))
         result.append(total)
     return result
 

@@ -3,7 +3,6 @@ help; and the search for the layout that is fastest."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,9 @@ ROLES = (
 )  # fmt: skip
 
 
+PINNED = 2  # torch allocates page-locked memory in powers of two: at most twice what is asked for
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The rollout of an RL step; lengths in tokens."""
@@ -32,6 +34,7 @@ class Sampled:
     longest_tokens: int
     steps_per_rollout: int
     max_sequences: int
+    cache_tokens: int | None
     speculate: bool
 
 
@@ -59,7 +62,9 @@ class Workload:
         count = max(1, math.ceil(self.tokens_per_step / data / self.tokens_per_micro_batch))
         if self.parallel.virtual_pipeline > 1:
             count = math.ceil(count / self.parallel.pipeline) * self.parallel.pipeline
-        return Step(self.tokens_per_micro_batch, self.sequence_length, count, self.value_head, self.uses_mtp)
+        multiple = stream_multiple(self.parallel)  # the trainer pads to it
+        tokens = -(-self.tokens_per_micro_batch // multiple) * multiple
+        return Step(tokens, self.sequence_length, count, self.value_head, self.uses_mtp)
 
 
 @dataclass
@@ -100,19 +105,19 @@ class Plan:
         return {"prediction": True, **asdict(self), "bytes_of_the_fullest_gpu": self.worst}
 
 
-def make_plan(work: Workload, gpus: int, device_name: str, hardware: Hardware, advise: bool = True) -> Plan:
+def make_plan(work: Workload, gpus: int, device_name: str, hardware: Hardware) -> Plan:
     """ValueError, one sentence that says what would fit, where the layout does not divide the GPUs or the model."""
     device = hardware.device(device_name)
     check(work, gpus)
     step = work.step(gpus)
-    training, rollout, host = _memory(work, step, gpus, hardware)
+    training, rollout, host = _memory(work, step, gpus, hardware, device_name)
     seconds, flops = _seconds(work, step, gpus, hardware, device)
     total = sum(seconds.values())
-    host_per_node = host * device.gpus_per_node
+    host_per_node = PINNED * host * device.gpus_per_node
     worst = max(sum(row.values()) for row in (*training, *rollout))
     fits = worst <= device.memory_bytes and host_per_node <= device.host_memory_bytes
     tokens = work.tokens_per_step
-    plan = Plan(
+    return Plan(
         stage=work.name,
         device=device_name,
         gpus=gpus,
@@ -133,9 +138,6 @@ def make_plan(work: Workload, gpus: int, device_name: str, hardware: Hardware, a
         fits=fits,
         verdict=_verdict(worst, host_per_node, device),
     )
-    if advise and not fits:
-        plan.advice = _advice(work, gpus, device_name, hardware)
-    return plan
 
 
 def check(work: Workload, gpus: int) -> None:
@@ -157,20 +159,15 @@ def check(work: Workload, gpus: int) -> None:
             f"sequence length {work.sequence_length} exceeds the model's max_positions = {longest}: at most {longest}"
             " would fit"
         )
-    multiple = stream_multiple(p)
-    if work.tokens_per_micro_batch % multiple:
-        fitting = -(-work.tokens_per_micro_batch // multiple) * multiple
-        raise ValueError(
-            f"tokens_per_micro_batch = {work.tokens_per_micro_batch} does not divide by {multiple}, which context"
-            f" {p.context} and tensor {p.tensor} need: {fitting} would fit"
-        )
 
 
 def _memory(
-    work: Workload, step: Step, gpus: int, hardware: Hardware
+    work: Workload, step: Step, gpus: int, hardware: Hardware, device_name: str
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], float]:
     p, allowance = work.parallel, hardware.memory
     frozen = _frozen(work)
+    counts = stage_counts(work.model, p, work.value_head)
+    quantized = [sum(c.quantized for c in counts[rank :: p.pipeline]) for rank in range(p.pipeline)]
     fixed = {"fixed": allowance.fixed_bytes, "communication": allowance.communication_bytes if gpus > 1 else 0.0}
     training: list[dict[str, float]] = []
     rollout: list[dict[str, float]] = []
@@ -199,12 +196,17 @@ def _memory(
             host = max(host, own.host)
     else:
         static = [{"parameters": x} for x in _weights(work.model, p, copies=work.parallel.fp8 == "block")]
+    room = hardware.device(device_name).memory_bytes
     for rank, row in enumerate(static):
+        others = {role: sizes[rank] for role, sizes in frozen.items()}
         if training:
-            training[rank] |= {role: sizes[rank] for role, sizes in frozen.items()}
+            training[rank] |= others
         if work.sampled:
-            others = {role: sizes[rank] for role, sizes in frozen.items()}
-            rollout.append(row | others | {"KV cache": _cache(work, gpus, rank)} | fixed)
+            if work.sampled.speculate and p.fp8 == "block":  # the MTP layer multiplies too
+                row = row | {"FP8 copies": 2.0 * quantized[rank]}
+            held = row | others | fixed
+            free = max(0.0, room - sum(held.values()))
+            rollout.append(held | {"KV cache": min(_cache(work, gpus, rank), free / 2)})
     return training, rollout, host
 
 
@@ -227,17 +229,17 @@ def _frozen(work: Workload) -> dict[str, list[float]]:
 
 
 def _cache(work: Workload, gpus: int, rank: int) -> float:
-    """The cache of the sequences that run at once on a replica, at their mean length."""
+    """The cache that a replica's sequences want at their longest; the engine takes at most half of what is free."""
     m, p, s = work.model, work.parallel, work.sampled
     assert s is not None
-    replicas = p.data(gpus) * p.context
-    at_once = min(s.max_sequences, math.ceil(s.completions * s.steps_per_rollout / replicas))
-    layers = sum(letters.count("t") for letters in p.stages(m)[rank :: p.pipeline])
+    at_once = min(s.max_sequences, math.ceil(s.completions * s.steps_per_rollout / (p.data(gpus) * p.context)))
+    layers = sum(letters.count("t") + letters.count("m") for letters in p.stages(m)[rank :: p.pipeline])
     if m.architecture == "deepseek_v3":
         width = m.kv_lora_rank + m.qk_rope_head_dim
     else:
         width = 2 * m.kv_heads // p.tensor * m.qk_head_dim
-    return at_once * (s.prompt_tokens + s.mean_tokens) * BYTES[p.dtype] * width * layers
+    tokens = s.cache_tokens or at_once * (s.prompt_tokens + s.longest_tokens)
+    return tokens * BYTES[p.dtype] * width * layers
 
 
 def _seconds(
@@ -270,9 +272,10 @@ def _seconds(
         r: RolloutTime = rollout_time(
             m, p, gpus, hardware, device,
             completions=s.completions, prompt_tokens=s.prompt_tokens, mean_tokens=s.mean_tokens,
-            longest_tokens=s.longest_tokens, steps_per_rollout=s.steps_per_rollout, speculate=s.speculate,
+            longest_tokens=s.longest_tokens, steps_per_rollout=s.steps_per_rollout, max_sequences=s.max_sequences,
+            speculate=s.speculate,
         )  # fmt: skip
-        seconds |= {"rollout": max(r.throughput, r.longest) + r.prefill, "weight sync": r.sync}
+        seconds |= {"rollout": r.total - r.sync, "weight sync": r.sync}
         flops += s.completions * (s.prompt_tokens + s.mean_tokens) * flops_per_token(m, s.mean_tokens, False, True)
     return seconds, flops
 
@@ -286,46 +289,11 @@ def _verdict(worst: float, host: float, device: Device) -> str:
     return f"fits: {worst / 1e9:.1f} of {device.memory_bytes / 1e9:.0f} GB on the fullest GPU"
 
 
-# --------------------------------------------------------------------------------------------------- what would help
+# ------------------------------------------------------------------------------------------------------------- search
 
 
 def _changed(work: Workload, **layout: Any) -> Workload:
     return replace(work, parallel=work.parallel.model_copy(update=layout))
-
-
-def _advice(work: Workload, gpus: int, device: str, hardware: Hardware) -> list[str]:
-    """Single settings, then pairs, with which it fits; the fastest first."""
-    p = work.parallel
-    single: dict[str, Callable[[Workload], Workload]] = {
-        "parallel.recompute=selective": lambda w: _changed(w, recompute="selective"),
-        "parallel.recompute=full": lambda w: _changed(w, recompute="full"),
-        "optimizer.moments=bfloat16": lambda w: replace(w, adam=w.adam.model_copy(update={"moments": "bfloat16"})),
-        "optimizer.offload=true": lambda w: replace(w, adam=w.adam.model_copy(update={"offload": True})),
-        f"parallel.tensor={2 * p.tensor}": lambda w: _changed(w, tensor=2 * p.tensor),
-        f"parallel.context={2 * p.context}": lambda w: _changed(w, context=2 * p.context),
-        f"parallel.pipeline={2 * p.pipeline}": lambda w: _changed(w, pipeline=2 * p.pipeline, pipeline_layout=""),
-        f"parallel.expert={2 * p.expert}": lambda w: _changed(w, expert=2 * p.expert),
-        "half the tokens_per_micro_batch": lambda w: replace(
-            w, tokens_per_micro_batch=max(w.tokens_per_micro_batch // 2, 1)
-        ),
-    }
-    for many in (1, 2, 3):
-        found = []
-        for names in itertools.combinations(single, many):
-            changed = work
-            for name in names:
-                changed = single[name](changed)
-            if changed == work:
-                continue
-            try:
-                plan = make_plan(changed, gpus, device, hardware, advise=False)
-            except ValueError:
-                continue
-            if plan.fits:
-                found.append((plan.step_seconds, f"{' and '.join(names)} would fit: {plan.worst / 1e9:.1f} GB"))
-        if found:
-            return [text for _, text in sorted(found)[:3]]
-    return ["no small change of the layout fits: more GPUs, or --search"]
 
 
 def layouts(work: Workload, gpus: int, device: Device) -> Iterator[Workload]:
@@ -339,6 +307,7 @@ def layouts(work: Workload, gpus: int, device: Device) -> Iterator[Workload]:
                         for recompute in ("none", "selective", "full"):
                             yield _changed(
                                 work, tensor=tensor, pipeline=pipeline, context=context, expert=expert,
+                                overlap_shared_experts=work.parallel.overlap_shared_experts and expert > 1,
                                 expert_tensor=1, virtual_pipeline=virtual, recompute=recompute, pipeline_layout="",
                             )  # fmt: skip
 
@@ -351,7 +320,7 @@ def search(
     found: list[tuple[Workload, Plan]] = []
     for candidate in progress(list(layouts(work, gpus, device))):
         try:
-            plan = make_plan(candidate, gpus, device_name, hardware, advise=False)
+            plan = make_plan(candidate, gpus, device_name, hardware)
         except ValueError:
             continue
         if plan.fits:

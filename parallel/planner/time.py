@@ -4,7 +4,7 @@ them: hardware.toml says what they rest on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.planner.hardware import Device, Hardware
@@ -31,7 +31,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step. `forward_share` is that of a forward in `busy`."""
+    """Seconds of one optimiser step."""
 
     compute: float
     memory: float
@@ -42,7 +42,6 @@ class StepTime:
     data: float  # gradients and weights of the replicas
     optimizer: float
     flops: float  # of one token, forward and backward, without recomputation
-    details: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -143,7 +142,7 @@ def exchange_seconds(
     if p.expert == 1:
         return 0.0
     b, H = BYTES[p.dtype], m.hidden_size
-    nodes = max(1, p.expert * p.expert_tensor // device.gpus_per_node)
+    nodes = -(-p.expert * p.expert_tensor // device.gpus_per_node)
     rows = tokens * m.experts_per_token
     inside = b * rows * H * (p.expert - 1) / p.expert / device.nvlink_bandwidth
     if nodes == 1:
@@ -189,27 +188,27 @@ def step_time(
     lost = 1 / hw.run.step
     M = step.micro_batches
     bubble = slowest.total * (p.pipeline - 1) / p.virtual_pipeline
-    own = max((sum(c.dense for c in cs), sum(c.experts for c in cs)) for cs in _per_rank(m, p, step))
     expert_data = world_size // (p.pipeline * p.expert * p.expert_tensor)
     replicas = data * p.context
-    sync = 0.0
-    for parameters, ways in ((own[0], replicas), (own[1], expert_data)):
-        link = device.network_bandwidth  # replicas are far apart
-        sync += (4 + b) * parameters * (ways - 1) / ways / link / k.network
+    sync = optimizer = 0.0
+    for counts in _per_rank(m, p, step):
+        dense, experts = sum(c.dense for c in counts), sum(c.experts for c in counts)
+        sent = sum(n * (ways - 1) / ways for n, ways in ((dense, replicas), (experts, expert_data)))
+        # Replicas are far apart.
+        sync = max(sync, (4 + b) * sent / device.network_bandwidth / k.network)
+        updated = dense / replicas + experts / expert_data
+        moved = updated * (2 * moments_bytes + 4 + 8 + b) + 2 * 4 * (dense + experts)  # the norm; clearing gradients
+        seconds = moved / device.memory_bandwidth / k.memory
+        seconds += 2 * updated * (moments_bytes + 4) / device.pcie_bandwidth if offload else 0.0
+        optimizer = max(optimizer, seconds)
     if p.overlap_grad_reduce:
         sync *= 0.3
-    updated = own[0] / replicas + own[1] / expert_data
-    optimizer = updated * (2 * moments_bytes + 4 + 8 + b) / device.memory_bandwidth / k.memory
-    optimizer += 2 * 4 * (own[0] + own[1]) / device.memory_bandwidth / k.memory  # the norm; clearing gradients
-    if offload:
-        optimizer += 2 * updated * (moments_bytes + 4) / device.pcie_bandwidth
-    uses_mtp = step.uses_mtp
     return StepTime(
         **{name: M * value * lost for name, value in vars(slowest).items()},
         bubble=bubble * lost,
         data=sync,
         optimizer=optimizer,
-        flops=flops_per_token(m, step.sequence_length, uses_mtp),
+        flops=flops_per_token(m, step.sequence_length, step.uses_mtp),
     )
 
 
@@ -238,18 +237,17 @@ def read_time(
 
 @dataclass(frozen=True)
 class RolloutTime:
-    """Seconds of sampling for one optimiser step; `longest` is that of the longest completion alone, whose tokens
-    come one after another."""
+    """Seconds of sampling for one optimiser step: until the mean completion has ended, while all run; then `longest`,
+    for the rest of the longest one, whose tokens come one after another; the prompts; and FP8 copies to make again."""
 
-    throughput: float
+    together: float
     longest: float
     prefill: float
     sync: float
-    token_latency: float
 
     @property
     def total(self) -> float:
-        return max(self.throughput, self.longest) + self.prefill + self.sync
+        return self.together + self.longest + self.prefill + self.sync
 
 
 def rollout_time(
@@ -264,6 +262,7 @@ def rollout_time(
     mean_tokens: float,
     longest_tokens: float,
     steps_per_rollout: int,
+    max_sequences: int,
     speculate: bool,
 ) -> RolloutTime:
     """`completions` of `mean_tokens` tokens on average, for one step; a rollout serves `steps_per_rollout` steps, which
@@ -271,26 +270,32 @@ def rollout_time(
     m, p = model, parallel
     b = BYTES[p.dtype]
     replicas = p.data(world_size) * p.context
-    at_once = completions * steps_per_rollout / replicas
+    own = completions * steps_per_rollout / replicas
+    at_once = min(own, max_sequences)
+    waves = own / at_once
     one = ParallelConfig(tensor=p.tensor, expert=p.expert, expert_tensor=p.expert_tensor)
     counts = [layer_counts(m, one, is_moe(m, i)) for i in range(m.num_layers)]
     size = 1 if p.fp8 != "off" else b
     # Every weight is read for a step of decoding; and the cache of every running sequence, half grown.
     weights = size * sum(c.dense + c.experts for c in counts) + b * m.vocab_size * m.hidden_size / p.tensor
     width = m.kv_lora_rank + m.qk_rope_head_dim if m.architecture == "deepseek_v3" else 2 * m.kv_heads * m.qk_head_dim
-    cache = at_once * (prompt_tokens + mean_tokens / 2) * b * m.num_layers * width
+    heads = 1 if m.architecture == "deepseek_v3" else p.tensor  # latents are whole on every tensor-parallel rank
+    cache = at_once * (prompt_tokens + mean_tokens / 2) * b * m.num_layers * width / heads
     moes = sum(is_moe(m, i) for i in range(m.num_layers))
     latency = m.num_layers * hw.run.launch_latency
     if p.expert > 1:
         latency += 2 * moes * hw.run.exchange_latency
     read = device.memory_bandwidth * hw.kernels.memory
     tokens_a_step = 1 + (hw.run.draft_acceptance if speculate and m.num_mtp_layers else 0)
-    # Pipeline ranks work one after another on one step; a full batch keeps all of them busy on different sequences.
+    # The stages work one after another on a step, so that its time is the sum of theirs.
+    peak = device.fp8_flops * hw.kernels.fp8_gemm if p.fp8 != "off" else device.bf16_flops * hw.kernels.bf16_gemm
+    compute = at_once * flops_per_token(m, prompt_tokens + mean_tokens, False, forward=True) / p.tensor / peak
     alone = (weights / read + latency) / tokens_a_step
-    full = ((weights + cache) / read + latency + 2 * exchange_seconds(m, p, at_once, hw, device) * moes) / tokens_a_step
-    throughput = full * mean_tokens / steps_per_rollout
+    full = max((weights + cache) / read, compute) + latency + 2 * moes * exchange_seconds(m, p, at_once, hw, device)
+    together = waves * full / tokens_a_step * mean_tokens / steps_per_rollout
+    longest = alone * max(0.0, longest_tokens - mean_tokens) / steps_per_rollout
     flops = flops_per_token(m, prompt_tokens, False, forward=True) * completions * prompt_tokens
     prefill = flops / world_size / (device.bf16_flops * hw.kernels.bf16_gemm * hw.run.step)
     # Weights are shared with the trainer: nothing to send but the FP8 copies to make again.
     sync = (3 * weights / p.pipeline / read if p.fp8 != "off" else 0.0) / steps_per_rollout
-    return RolloutTime(throughput, alone * longest_tokens / steps_per_rollout, prefill, sync, alone)
+    return RolloutTime(together, longest, prefill, sync)

@@ -12,7 +12,7 @@ import pytest
 
 from r1.engine.cli import main
 from r1.engine.config import load_config, presets
-from r1.engine.plan import run_rank, workload
+from r1.engine.plan import advice, run_rank, workload
 from r1.engine.settings import PIPELINE, STAGES
 from r1.parallel.planner.hardware import load_hardware
 from r1.parallel.planner.memory import memory
@@ -63,6 +63,47 @@ def one_rank(name: str, stage: int) -> tuple[dict, float]:
     return counted, memory(work.model, work.parallel, work.adam, work.step(gpus), gpus)[stage].total
 
 
+def test_advice_can_be_followed() -> None:
+    """Every line of it, as --set takes it."""
+    figures = load_hardware()
+    for name, gpus, changes in (
+        ("r1-distill-qwen-32b", 8, []),
+        ("r1-671b-h800-512", 512, ["parallel.recompute=selective"]),
+        ("v3-671b-h800-2048", 2048, ["parallel.recompute=none"]),
+    ):
+        config = load_config(name, changes)
+        stage, device = config.plan.stage, config.plan.device
+        assert not make_plan(workload(config, stage), gpus, device, figures).fits
+        lines = advice(config, stage, gpus, device, figures)
+        assert lines
+        for line in lines:
+            settings = [part for part in line.partition(": ")[2].split(" ") if part != "--set"]
+            followed = load_config(name, [*changes, *settings])
+            assert make_plan(workload(followed, stage), gpus, device, figures).fits, line
+    hopeless = load_config(
+        "r1-671b-h800-512", ["parallel.pipeline=1", "parallel.pipeline_layout=", "parallel.expert=8"]
+    )
+    assert "more GPUs" in advice(hopeless, "sft", 8, "h800", figures)[0]
+
+
+def losses_of(name: str) -> None:
+    config = load_config(name)
+    for stage in ("r1_zero", "reward_model", "sft"):
+        work = workload(config, stage)
+        for rank in (0, config.plan.gpus - config.plan.gpus // work.parallel.pipeline):
+            counted = run_rank(work, config.plan.gpus, rank)
+            planned = memory(work.model, work.parallel, work.adam, work.step(config.plan.gpus), config.plan.gpus)
+            peak = sum(counted["peak"].values())
+            assert planned[counted["pipeline_rank"]].total == pytest.approx(peak, rel=0.05), (stage, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in AT_671B if name.startswith("r1-")])
+def test_every_loss_passes_its_dry_run(name: str) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(losses_of, name).result()
+
+
 @pytest.mark.slow
 def test_every_preset_passes_its_dry_run() -> None:
     """One rank of every pipeline stage; 671B's are promised in three minutes on two cores."""
@@ -105,6 +146,12 @@ def test_the_command_searches_and_draws_pipelines(tmp_path: Path, capsys: pytest
     assert document["search"][0]["fits"] and (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+def test_what_does_not_fit_is_told_by_the_exit_code(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "r1-distill-qwen-32b", "--gpus", "8"]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit: " in text and "--set " in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -114,6 +161,9 @@ def test_the_command_searches_and_draws_pipelines(tmp_path: Path, capsys: pytest
         (["r1-671b-h800-512", "--stage", "sftt"], "stage = 'sftt', wanted one of"),
         (["r1-671b"], "unknown preset 'r1-671b'; did you mean r1-671b-h"),
         (["tiny", "--hardware", "nowhere.toml"], "hardware file nowhere.toml"),
+        (["moonlight-16b", "--sequence-length", "100"], "leaves nothing beside a prompt of plan.prompt_tokens = 256"),
+        (["moonlight-16b", "--stage", "evaluate", "--dry-run"], "evaluate only samples"),
+        (["tiny", "--out", __file__], "File exists"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:

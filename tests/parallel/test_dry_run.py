@@ -17,6 +17,7 @@ from r1.parallel import world as worlds
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.dry_run import _loss, _micro_batch, _names_of, dry_run
 from r1.parallel.ledger import Ledger
+from r1.parallel.planner.memory import stage_counts
 from r1.parallel.trainer import AdamConfig, Trainer
 from tests.parallel.tiny import MODELS
 
@@ -54,10 +55,32 @@ def test_v3_has_all_its_parameters(preset: str, elsewhere: ProcessPoolExecutor) 
     mtp = sum(n for name, n in tensors.items() if name.startswith("mtp."))
     biases = sum(n for name, n in tensors.items() if name.endswith("expert_bias") and not name.startswith("mtp."))
     assert (sum(tensors.values()) - mtp - biases, biases, mtp) == (MAIN, BIASES, MTP)
-    # By another count: each rank's parameters times the ranks that hold others, less what is on several of them.
-    p = config.parallel
-    experts = sum(n for name, n in tensors.items() if ".experts." in name) // (p.expert * p.expert_tensor)
-    assert sum(own) > experts and experts + (MAIN + MTP - experts * p.expert) // p.tensor <= sum(own)
+    # And rank by rank what the planner's formulas count.
+    counts, p = stage_counts(config.model, config.parallel), config.parallel
+    for rank, parameters in enumerate(own):
+        assert parameters == sum(c.dense + c.experts for c in counts[rank :: p.pipeline])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dispatcher": "flex"}, "parallel.dispatcher = flex, wanted alltoall"),
+        ({"numerics": "exact"}, "parallel.numerics = exact, wanted fast"),
+        ({"expert_tensor": 2}, "parallel.expert_tensor = 2, wanted 1"),
+        ({"tensor": 3}, "must divide the world size 2"),
+    ],
+)
+def test_what_a_dry_run_cannot_have(changes: dict[str, Any], said: str, elsewhere: ProcessPoolExecutor) -> None:
+    with pytest.raises(ValueError, match=said):
+        elsewhere.submit(dry, "deepseek", changes, "supervised", 1, 0).result()
+
+
+def test_bytes_of_the_replicas_collectives(elsewhere: ProcessPoolExecutor) -> None:
+    """Each rank gives its whole gradient, in float32, for its half of the sum; and its half of the weights."""
+    run = elsewhere.submit(dry, "llama", {}, "supervised", 1, 0).result()
+    size = {c.operation: c.bytes for c in run.collectives if c.operation.endswith("coalesced")}
+    padded = run.memory["gradients"]
+    assert size == {"reduce_scatter_tensor_coalesced": padded, "allgather_into_tensor_coalesced": padded // 2}
 
 
 # ------------------------------------------------------------------------------------ against the run on real processes

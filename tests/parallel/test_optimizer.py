@@ -278,9 +278,10 @@ def test_offloading_changes_no_bit(dtype: str, problem: Problem, tmp_path: Path,
         folder = tmp_path / f"{dtype} {offload}"
         checkpoint.save(trainer, folder, {})
         checkpoint.load(again, folder, optimizer=True)
+        assert trainer.optimizer.on_host == again.optimizer.on_host == offload  # for a rollout that comes next
         for one in (trainer, again):
             metrics.append(one.train_step(problem.batches(), LOSSES["supervised"], LEARNING_RATE))
-        assert trainer.optimizer.on_host == offload
+        assert trainer.optimizer.on_host == again.optimizer.on_host == offload
         results.append((metrics, assemble(pieces(trainer)), assemble(pieces(again))))
     masters = 1 if dtype == "bfloat16" else 0
     parameters = len(list(trainer.chunks[0].parameters()))

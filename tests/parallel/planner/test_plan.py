@@ -71,7 +71,7 @@ def test_r1_zeros_step() -> None:
     decode = ParallelConfig(dtype="bfloat16", fp8="block", expert=64, dispatcher="flex")
     rollout = rollout_time(
         V3, decode, 512, HARDWARE, device, completions=512, prompt_tokens=256, mean_tokens=7000, longest_tokens=32768,
-        steps_per_rollout=16, speculate=True,
+        steps_per_rollout=16, max_sequences=1024, speculate=True,
     )  # fmt: skip
     train = DEEPSEEK.model_copy(update={"expert": 32, "context": 4, "recompute": "full"})
     step = Step(
@@ -80,31 +80,25 @@ def test_r1_zeros_step() -> None:
     trained = step_time(V3, train, step, 512, HARDWARE, device, 4, hidden_exchange=True).total
     total = rollout.total + trained * (1 + 2 / 4)  # log-probabilities of policy and reference: a forward each
     print(f"rollout {rollout.total:.1f} s, training {trained:.1f} s, in all {total:.1f} s; published 68.5")
-    assert rollout.longest > 0.5 * total and total == pytest.approx(68.5, rel=0.20)
+    assert rollout.total > 0.6 * total and total == pytest.approx(68.5, rel=0.20)
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_layouts_that_do_not_fit() -> None:
-    """Megatron's layout without recomputation, or on half the expert parallelism; and what would help."""
+    """Megatron's layout without recomputation and on a quarter of the expert parallelism; V3's; and V3 on one GPU."""
     plain = work_of(MEGATRON.model_copy(update={"recompute": "none", "fp8": "off", "expert": 16}))
     plan = make_plan(plain, 1024, "h100", HARDWARE)
     assert not plan.fits and plan.verdict.startswith("does not fit: ")
-    assert plan.advice and all("would fit" in text for text in plan.advice)
+    deepseek = DEEPSEEK.model_copy(update={"dispatcher": "alltoall", "recompute": "none"})
+    assert not make_plan(work_of(deepseek), 2048, "h800", HARDWARE).fits
+    assert make_plan(work_of(deepseek.model_copy(update={"recompute": "full"})), 2048, "h800", HARDWARE).fits
     alone = make_plan(work_of(ParallelConfig(dtype="bfloat16"), tokens_per_step=4096), 1, "h200", HARDWARE)
-    assert not alone.fits and alone.worst > 9e12 and "more GPUs" in alone.advice[0]
+    assert not alone.fits and alone.worst > 9e12
     offloaded = AdamConfig(offload=True)
     many = work_of(ParallelConfig(dtype="bfloat16", expert=8), adam=offloaded)
     assert make_plan(many, 8, "h200", HARDWARE).host_bytes_per_node > 2e12
-
-
-def test_advice_is_true() -> None:
-    work = work_of(DEEPSEEK.model_copy(update={"dispatcher": "alltoall", "recompute": "none"}))
-    plan = make_plan(work, 2048, "h800", HARDWARE)
-    assert not plan.fits and any("parallel.recompute=full would fit" in text for text in plan.advice)
-    helped = work_of(DEEPSEEK.model_copy(update={"dispatcher": "alltoall", "recompute": "full"}))
-    assert make_plan(helped, 2048, "h800", HARDWARE).fits
 
 
 @pytest.mark.parametrize(
@@ -114,7 +108,6 @@ def test_advice_is_true() -> None:
         ({}, 1000, "h100", "gpus = 1000 does not divide by 512"),
         ({}, 100, "h100", "512 would fit"),
         ({"sequence_length": 200_000}, 1024, "h100", "exceeds the model's max_positions = 163840"),
-        ({"tokens_per_micro_batch": 4095}, 1024, "h100", "4096 would fit"),
         ({"parallel": MEGATRON.model_copy(update={"tensor": 3})}, 1536, "h100", "parallel.tensor = 3 does not divide"),
         ({"parallel": MEGATRON.model_copy(update={"pipeline_layout": "Et|tL"})}, 1024, "h100", "wanted E, 61 t, 1 m"),
     ],
@@ -163,6 +156,19 @@ def test_a_plan_adds_up_and_is_json() -> None:
     assert plan.tokens_per_second_per_gpu == pytest.approx(plan.tokens_per_step / plan.step_seconds / 512)
     assert plan.worst == max(sum(row.values()) for row in (*plan.training, *plan.rollout))
     assert all({"reference", "reward model", "KV cache"} <= row.keys() for row in plan.rollout)
+
+
+def test_a_rollout_runs_no_more_than_it_may() -> None:
+    """Completions beyond rollout.max_sequences wait for a second wave; longer ones only for themselves."""
+    common = {"prompt_tokens": 256, "steps_per_rollout": 1, "speculate": False, "completions": 8192}
+    rollout = lambda **changes: rollout_time(
+        V3, ParallelConfig(dtype="bfloat16", expert=8), 8, HARDWARE, HARDWARE.device("h200"),
+        **(common | {"mean_tokens": 1000, "longest_tokens": 4000, "max_sequences": 64} | changes),
+    )  # fmt: skip
+    base = rollout()
+    assert rollout(max_sequences=16).together > 1.5 * base.together
+    assert rollout(longest_tokens=7000).longest == pytest.approx(2 * base.longest)
+    assert rollout(longest_tokens=1000).longest == 0
 
 
 def test_search_finds_better_layouts() -> None:
