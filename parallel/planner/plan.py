@@ -11,7 +11,7 @@ from typing import Any
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.model import stream_multiple
 from r1.parallel.planner.hardware import Device, Hardware
-from r1.parallel.planner.memory import BYTES, Counts, Step, memory, stage_counts
+from r1.parallel.planner.memory import BYTES, Step, memory, stage_counts
 from r1.parallel.planner.time import RolloutTime, StepTime, flops_per_token, read_time, rollout_time, step_time
 from r1.parallel.trainer import AdamConfig
 
@@ -166,8 +166,7 @@ def _memory(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], float]:
     p, allowance = work.parallel, hardware.memory
     frozen = _frozen(work)
-    counts = stage_counts(work.model, p, work.value_head)
-    quantized = [sum(c.quantized for c in counts[rank :: p.pipeline]) for rank in range(p.pipeline)]
+    copies = _copies(work.model, p, mtp_runs=work.sampled is not None and work.sampled.speculate)
     fixed = {"fixed": allowance.fixed_bytes, "communication": allowance.communication_bytes if gpus > 1 else 0.0}
     training: list[dict[str, float]] = []
     rollout: list[dict[str, float]] = []
@@ -195,36 +194,40 @@ def _memory(
             )
             host = max(host, own.host)
     else:
-        static = [{"parameters": x} for x in _weights(work.model, p, copies=work.parallel.fp8 == "block")]
+        static = [{"parameters": x} for x in _weights(work.model, p)]
     room = hardware.device(device_name).memory_bytes
     for rank, row in enumerate(static):
         others = {role: sizes[rank] for role, sizes in frozen.items()}
         if training:
             training[rank] |= others
         if work.sampled:
-            if work.sampled.speculate and p.fp8 == "block":  # the MTP layer multiplies too
-                row = row | {"FP8 copies": 2.0 * quantized[rank]}
-            held = row | others | fixed
+            held = row | {"FP8 copies": copies[rank]} | others | fixed
             free = max(0.0, room - sum(held.values()))
             rollout.append(held | {"KV cache": min(_cache(work, gpus, rank), free / 2)})
     return training, rollout, host
 
 
-def _weights(model: ModelConfig, parallel: ParallelConfig, copies: bool, value_head: bool = False) -> list[float]:
-    """Bytes of a model that is only read, by pipeline rank."""
-    b = BYTES[parallel.dtype]
-    counts = stage_counts(model, parallel, value_head)
-    ranks = [sum(counts[r :: parallel.pipeline], Counts()) for r in range(parallel.pipeline)]
-    return [b * (c.dense + c.experts) + (2 * c.quantized if copies else 0) for c in ranks]
+def _weights(model: ModelConfig, parallel: ParallelConfig, value_head: bool = False) -> list[float]:
+    """Bytes of a model's weights, by pipeline rank."""
+    counts, p = stage_counts(model, parallel, value_head), parallel.pipeline
+    return [BYTES[parallel.dtype] * sum(c.dense + c.experts for c in counts[rank::p]) for rank in range(p)]
+
+
+def _copies(
+    model: ModelConfig, parallel: ParallelConfig, value_head: bool = False, mtp_runs: bool = False
+) -> list[float]:
+    """Bytes of their FP8 copies, both ways."""
+    counts, p = stage_counts(model, parallel, value_head, mtp_runs), parallel.pipeline
+    size = 2.0 if parallel.fp8 == "block" else 0.0
+    return [size * sum(c.quantized for c in counts[rank::p]) for rank in range(p)]
 
 
 def _frozen(work: Workload) -> dict[str, list[float]]:
-    copies = work.parallel.fp8 == "block"
     frozen = {}
-    if work.reference:
-        frozen["reference"] = _weights(work.model, work.parallel, copies)
-    if work.reward_model:
-        frozen["reward model"] = _weights(work.model, work.parallel, copies, value_head=True)
+    for role, there, value_head in (("reference", work.reference, False), ("reward model", work.reward_model, True)):
+        if there:
+            parts = (of(work.model, work.parallel, value_head) for of in (_weights, _copies))
+            frozen[role] = [sum(pair) for pair in zip(*parts)]
     return frozen
 
 
