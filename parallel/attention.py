@@ -139,6 +139,9 @@ class _SelfAttention(MegatronModule):
         self.linears = linears(config.parallel)
         self.exact = config.parallel.numerics == "exact"
 
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients; ours are made with the rest."""
+
     def _column(self, in_size: int, out_size: int, bias: bool = False) -> Any:
         return self.linears.column(
             in_size,

@@ -47,6 +47,18 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
+class _NoEvent:
+    """And for an event on it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def install() -> None:
     """Make megatron-core usable here; safe to call more than once."""
     global _installed
@@ -88,6 +100,9 @@ def _answer_for_cuda() -> None:
     torch.Tensor.record_stream = lambda self, stream: None
 
     cuda = torch.cuda
+    cuda.Event = _NoEvent
+    cuda.nvtx.range_push = lambda message: 0
+    cuda.nvtx.range_pop = lambda: 0
     cuda.current_device = lambda: "cpu"
     cuda.synchronize = lambda device=None: None
     cuda.Stream = _NoStream

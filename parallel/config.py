@@ -165,6 +165,9 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="selective: norms, dense MLPs and the up-projections of MLA; full: every layer"
     )
+    overlap_expert_exchange: bool = Field(
+        False, description="Megatron's combined 1F1B: one micro-batch's products hide another's exchange among experts"
+    )
     overlap_shared_experts: bool = Field(
         False, description="the shared experts compute while tokens are exchanged among the routed ones"
     )
@@ -245,11 +248,29 @@ class ParallelConfig(Section):
                     "parallel.overlap_shared_experts needs model.num_shared_experts and an exchange to hide behind:"
                     f" parallel.expert = {self.expert}, wanted 2 or more"
                 )
+            if self.overlap_expert_exchange:
+                self._check_overlap(model)
         elif self.expert > 1 or self.expert_tensor > 1:
             raise ValueError(f"parallel.expert = {self.expert} needs a mixture of experts; the model is dense")
         for name, size, axis, ways in parts:
             if size % ways:
                 raise ValueError(f"parallel.{axis} = {ways} does not divide model.{name} = {size}")
+
+    def _check_overlap(self, model: ModelConfig) -> None:
+        """ValueError where Megatron's combined schedule cannot be had."""
+        for holds, axis, wanted in (
+            (1 < self.expert < model.num_experts, "expert", f"2 or more, and less than {model.num_experts}"),
+            (self.dispatcher != "allgather", "dispatcher", "alltoall or flex"),
+            (self.recompute != "full", "recompute", "none or selective"),
+            (not self.overlap_shared_experts, "overlap_shared_experts", "false: only one of the two can be"),
+            (self.pipeline == 1 or self.virtual_pipeline > 1, "virtual_pipeline", "2 or more, with pipeline > 1"),
+            (self.numerics == "fast", "numerics", "fast"),
+        ):
+            if not holds:
+                value = getattr(self, axis)
+                raise ValueError(
+                    f"parallel.{axis} = {value} is not possible with overlap_expert_exchange, wanted {wanted}"
+                )
 
     def stages(self, model: ModelConfig) -> list[str]:
         """What each stage holds, in `pipeline_layout`'s letters; stage i is on pipeline rank i mod `pipeline`. Where

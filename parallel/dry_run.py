@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
+from megatron.core.pipeline_parallel.utils import ScheduleNode
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
@@ -249,12 +250,19 @@ def _decided(ledger: Ledger, model: ModelConfig) -> Iterator[None]:
             ledger.kept = max(ledger.kept, ledger.live["activations"])
         run_backward(*args, **options)
 
+    piece_backward = ScheduleNode._backward
+
+    def backward_of_piece(self: Any, *gradients: Any) -> Any:  # in the combined schedule
+        ledger.kept = max(ledger.kept, ledger.live["activations"])
+        return piece_backward(self, *gradients)
+
     ledger.rows_chosen = lambda mask: mask.shape[1] * model.experts_per_token
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     with (
         mock.patch.object(dispatcher, "preprocess", preprocess),
         mock.patch.object(dispatcher, "_maybe_dtoh_and_synchronize", lambda self, point, counts=None: counts),
         mock.patch.object(torch.autograd, "backward", backward),
+        mock.patch.object(ScheduleNode, "_backward", backward_of_piece),
         mock.patch.object(KeepsQuantized, "quantized", marked_quantized),
         mock.patch.object(optimizer, "host_copy", marked_host_copy),
         mock.patch.object(optimizer, "device_copy", device_copy),

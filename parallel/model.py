@@ -36,7 +36,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -45,10 +44,12 @@ from torch import Tensor
 
 from r1.kernels import rope_tables
 from r1.kernels.backend import backend
+from r1.parallel import overlap
 from r1.parallel.attention import CachedStep, GroupedQueryAttention, MultiHeadLatentAttention, RMSNorm, norm_of_linears
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.fp8 import linears
 from r1.parallel.moe import BlockExperts, DenseMLP, Experts, MixtureOfExperts, Router, SharedExperts
+from r1.parallel.overlap import DecoderLayer, SchedulePlan
 from r1.parallel.packing import PackedSequence
 from r1.parallel.world import World
 
@@ -107,7 +108,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         layout = [[LAYERS[letter] for letter in stage] for stage in parallel.stages(model)]
         options.update(pipeline_model_parallel_layout=layout)
     initialise = functools.partial(torch.nn.init.normal_, mean=0.0, std=model.init_std)
-    return DecoderConfig(
+    config = DecoderConfig(
         model=model,
         parallel=parallel,
         num_layers=model.num_layers,
@@ -144,6 +145,9 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         calculate_per_token_loss=True,
         **options,
     )
+    # Set afterwards: Megatron's checks want bf16 for it, which nothing in it needs.
+    config.overlap_moe_expert_parallel_comm = parallel.overlap_expert_exchange
+    return config
 
 
 def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
@@ -162,7 +166,7 @@ def layer_spec(config: DecoderConfig, moe: bool) -> ModuleSpec:
     else:
         mlp = ModuleSpec(module=DenseMLP, submodules=projections, params={"ffn_hidden_size": model.ffn_hidden_size})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm_of_linears(config),
             self_attention=ModuleSpec(module=attention, params={"attn_mask_type": AttnMaskType.causal}),
@@ -243,7 +247,20 @@ class DecoderModel(GPTModel):
             padding_mask=padding_mask,
         )
 
-    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, packed_seq_params: Any, **unused: Any) -> Tensor:  # type: ignore[override]
+    def schedule_plan(self, tokens_T: Tensor, packed: PackedSequence) -> SchedulePlan:
+        """What `forward` does, in the pieces of Megatron's combined schedule."""
+        return SchedulePlan(self, tokens_T[None], None, None, packed_seq_params=packed)
+
+    def _postprocess(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        packed_seq_params: Any,
+        mtp_in_postprocess: bool = True,
+        **unused: Any,
+    ) -> Tensor:
+        if not mtp_in_postprocess:  # in the combined schedule it has run by then
+            return hidden_states
         if self.mtp_process and isinstance(packed_seq_params, PackedSequence) and packed_seq_params.next_tokens:
             return self.mtp(
                 input_ids=input_ids,
@@ -306,6 +323,8 @@ def build(
                     f" parallel.numerics = exact on {world.device}"
                 )
     config = decoder_config(model, parallel)
+    if parallel.overlap_expert_exchange:
+        overlap.install()
     chunks = []
     for index in range(parallel.virtual_pipeline):
         stage = index if parallel.virtual_pipeline > 1 else None

@@ -38,6 +38,21 @@ class SharedExperts(SharedExpertMLP):
         return self.linear_fc2(activated(gate_up, self.linear_fc2))[0]
 
 
+class _WideLinear(torch.autograd.Function):
+    """x Wᵀ in float32, of operands that are kept as they came: autograd would keep a float32 copy of the hidden states,
+    a tenth of all that a layer keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
+
+
 class Router(TopKRouter):
     """DeepSeek-V3's sigmoid router (V3 §2.1.2): groups, a bias that only chooses, normalised weights."""
 
@@ -45,8 +60,11 @@ class Router(TopKRouter):
         """hidden (..., H) → expert ids (T, K), weights (T, K); counts the load of tokens that are not padding."""
         self._maintain_float32_expert_bias()
         config = self.config
-        linear = exact_linear if config.parallel.numerics == "exact" else torch.nn.functional.linear
-        logits_TE = linear(hidden.flatten(0, -2).float(), self.weight.float())
+        hidden_TH = hidden.flatten(0, -2)
+        if config.parallel.numerics == "exact":
+            logits_TE = exact_linear(hidden_TH.float(), self.weight.float())
+        else:
+            logits_TE = _WideLinear.apply(hidden_TH, self.weight)
         ids, weights, load = route(
             logits_TE,
             self.expert_bias,
@@ -166,9 +184,15 @@ class BlockExperts(KeepsQuantized, Experts):
 class MixtureOfExperts(MoELayer):
     """Megatron's layer; where all experts are on this rank, tokens are sorted in place and no dispatcher is asked."""
 
+    padding_TB: Tensor | None = None  # of the micro-batch that is on its way, in the combined schedule
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().route(hidden_states, self.padding_TB if padding_mask is None else padding_mask)
+
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
+        self.padding_TB = None
         local = self.ep_group.size() == 1 and self.token_dispatcher.tp_size == 1
         if not local or intermediate_tensors is not None or self.shared_expert_overlap or self.moe_layer_recompute:
             result = super().forward(hidden_states, intermediate_tensors, padding_mask)

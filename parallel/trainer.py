@@ -179,12 +179,17 @@ class Trainer:
         mtp_depth = self.model_config.num_mtp_layers if uses_mtp else 0
         schedule = numerics(self.parallel.numerics)(get_forward_backward_func())
 
-        def forward_step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Callable]:
+        def forward_step(
+            iterator: Iterator[MicroBatch], module: Any, return_schedule_plan: bool = False
+        ) -> tuple[Any, Callable]:
             batch = next(iterator)
             model = module.module if isinstance(module, DistributedDataParallel) else module
             packed = pack(batch, self.world, self.rope_tables, mtp_depth)
-            hidden = module(packed.local(batch.tokens_T), packed)
-            return hidden, functools.partial(finish, model=model, batch=batch, packed=packed)
+            forward = model.schedule_plan if return_schedule_plan else module
+            return (
+                forward(packed.local(batch.tokens_T), packed),
+                functools.partial(finish, model=model, batch=batch, packed=packed),
+            )
 
         iterators = [iter(batches) for _ in self.wrapped]
         length = batches[0].tokens_T.numel()

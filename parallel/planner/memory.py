@@ -186,8 +186,7 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
         P = t * K * parallel.expert_tensor
         local = parallel.expert == 1 and parallel.expert_tensor == 1
         kept += norm + b * T * 2 * shared + (QUANTIZED if fp8 else b) * T * shared
-        if b == 2:
-            kept += 4 * t * H + 4 * m.num_experts * H  # what the router reads, in float32
+        kept += b * t * H if fp8 and not selective else 0  # what the router reads, else kept by the shared experts
         kept += 4 * t * m.num_experts * (1 if local else 3) + (0 if local else 2 * t * m.num_experts)
         kept += b * P * 2 * F + 8 * t * K * (1 if local else 4)
         if fp8:
@@ -198,6 +197,9 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
         # Rows on their way out and back: sorted, exchanged, computed, sorted again.
         forward = (5 if fp8 else 4) * b * P * H
         backward = 2 * b * P * H + weights + 4 * b * t * H
+        if parallel.overlap_expert_exchange:  # two micro-batches are on their way
+            forward, backward = forward + 2 * b * P * H, backward + 2 * b * P * H
+            kept += b * t * H  # Megatron's pieces hand each other the shared experts' result
     if parallel.recompute == "full":
         beside = 3 if moe else -2  # of the layer's input and output, gradients among them
         backward, kept = max(forward, backward) + kept + beside * b * t * H, b * t * H
@@ -270,7 +272,8 @@ def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int, sizes: li
     """Most bytes that wait for a backward on a pipeline rank whose chunks keep `sizes` for a micro-batch, under
     Megatron's 1F1B and interleaved 1F1B schedules."""
     live = most = 0.0
-    for forward, _, chunk in order(parallel.pipeline, parallel.virtual_pipeline, rank, micro_batches):
+    combined = parallel.overlap_expert_exchange
+    for forward, _, chunk in order(parallel.pipeline, parallel.virtual_pipeline, rank, micro_batches, combined):
         live += sizes[chunk] if forward else -sizes[chunk]
         most = max(most, live)
     return most

@@ -310,6 +310,7 @@ def layouts(work: Workload, gpus: int, device: Device) -> Iterator[Workload]:
                         for recompute in ("none", "selective", "full"):
                             yield _changed(
                                 work, tensor=tensor, pipeline=pipeline, context=context, expert=expert,
+                                overlap_expert_exchange=work.parallel.overlap_expert_exchange and recompute != "full",
                                 overlap_shared_experts=work.parallel.overlap_shared_experts and expert > 1,
                                 expert_tensor=1, virtual_pipeline=virtual, recompute=recompute, pipeline_layout="",
                             )  # fmt: skip

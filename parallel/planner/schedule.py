@@ -16,11 +16,14 @@ class Slot:
     length: float
 
 
-def order(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[tuple[bool, int, int]]:
-    """(whether forward, micro-batch, chunk) in the order of a rank's work."""
+def order(
+    ranks: int, chunks: int, rank: int, micro_batches: int, combined: bool = False
+) -> list[tuple[bool, int, int]]:
+    """(whether forward, micro-batch, chunk) in the order of a rank's work; in the `combined` schedule, where a forward
+    runs beside a backward, one more forward comes before the first."""
     total = micro_batches * chunks
     warmup = ranks - rank - 1 if chunks == 1 else 2 * (ranks - rank - 1) + (chunks - 1) * ranks
-    warmup = min(total, warmup)
+    warmup = min(total, warmup + combined)
 
     def item(i: int, forward: bool) -> tuple[bool, int, int]:
         if chunks == 1:

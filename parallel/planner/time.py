@@ -126,7 +126,7 @@ def _layer(
         )
         context = (2 + again) * b * step.tokens_per_micro_batch * width * (p.context - 1) / p.context / link / k.network
     exchange = exchange_seconds(m, p, t, hw, device) * (4 + 2 * again) if moe else 0.0
-    if hidden_exchange:
+    if hidden_exchange or p.overlap_expert_exchange:
         exchange = max(0.0, exchange - 0.9 * (compute + memory))
     elif moe and p.overlap_shared_experts:
         shared = 2 * T * 3 * H * m.num_shared_experts * m.expert_hidden_size / p.tensor / peak / gemm
@@ -162,8 +162,8 @@ def step_time(
 ) -> StepTime:  # fmt: skip
     """One optimiser step of training. The slowest pipeline rank sets the pace.
 
-    `hidden_exchange` is for schedules that r1 does not have, DualPipe and Megatron's combined 1F1B: the computation of
-    one micro-batch hides the exchange of another's tokens among experts, as far as it lasts.
+    `hidden_exchange` is for schedules that r1 does not have, as DualPipe: as with `overlap_expert_exchange`, the
+    computation of one micro-batch hides the exchange of another's tokens among experts, as far as it lasts.
     """
     m, p = model, parallel
     b, k = BYTES[p.dtype], hw.kernels

@@ -93,6 +93,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "CP2": {"context": 2},
     "EP2": {"expert": 2},
     "EP2 selective": {"expert": 2, "recompute": "selective"},
+    "EP2 hidden": {"expert": 2, "overlap_expert_exchange": True},
     "TP2 full": {"tensor": 2, "recompute": "full"},
     "TP2 EP2 FP8": {"tensor": 2, "expert": 2, "fp8": "block", "dtype": "bfloat16"},
 }

@@ -49,6 +49,15 @@ LAYOUTS: dict[str, tuple[ModelConfig, dict[str, Any], int, int]] = {
          "pipeline_layout": "Et|(tt|)*30mL"},
         1024, 4096,
     ),
+    "hidden exchange": (
+        V3,
+        {
+            "tensor": 2, "pipeline": 8, "virtual_pipeline": 4, "expert": 64, "fp8": "block", "recompute": "selective",
+            "pipeline_layout": "Et|(tt|)*30mL", "overlap_expert_exchange": True,
+        },
+        1024,
+        4096,
+    ),
     "llama": (LLAMA, {"tensor": 2, "pipeline": 2}, 16, 8192),
     "llama full": (LLAMA, {"tensor": 4, "recompute": "full"}, 16, 16384),
     "qwen tied": (QWEN, {"recompute": "full"}, 8, 16384),
