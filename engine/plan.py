@@ -25,6 +25,11 @@ from r1.parallel.planner.plan import ROLES, Plan, Sampled, Workload, make_plan, 
 from r1.parallel.trainer import AdamConfig
 
 RL_REWARD_MODEL = "reward_model"
+SHORT = {  # so that all of a rank's memory stands in one line of a terminal
+    "parameters": "param", "gradients": "grad", "optimizer": "adam", "FP8 copies": "FP8", "activations": "activ",
+    "working": "work", "logits and loss": "loss", "reference": "ref", "reward model": "RM", "KV cache": "KV",
+    "communication": "comm", "fragmentation": "frag", "quantized": "FP8", "logits": "loss", "backward": "back",
+}  # fmt: skip
 
 
 def plan(
@@ -232,20 +237,23 @@ def dry_runs(work: Workload, gpus: int, console: Console) -> list[dict[str, Any]
         raise ValueError(f"{work.name} only samples: a dry run is of a training step")
     ranks = [stage * gpus // work.parallel.pipeline for stage in range(work.parallel.pipeline)]
     context = get_context("spawn")
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     with mock.patch.dict(os.environ, quiet), ProcessPoolExecutor(min(2, len(ranks)), mp_context=context) as pool:
         jobs = [pool.submit(run_rank, work, gpus, rank) for rank in ranks]
         results = [job.result() for job in track(jobs, "dry run", console=console, transient=True)]
-    table = Table(title="Dry run: one rank of each pipeline stage, counted from its tensors (GB)")
-    for column in ("stage", "parameters", *results[0]["peak"], "peak", "micro-batches", "PFLOP", "collectives"):
-        table.add_column(column, justify="right")
+    table = _narrow("Dry run: one rank of each pipeline stage, counted from its tensors (GB)")
+    kinds = [SHORT.get(kind, kind) for kind in results[0]["peak"]]
+    for column in ("stage", "count", *kinds, "peak", "micro", "PFLOP", "calls"):
+        table.add_column(column, justify="right", no_wrap=True)
     for r in results:
         peak = sum(r["peak"].values())
         table.add_row(
-            str(r["pipeline_rank"]), f"{r['parameters']:,}", *(f"{v / 1e9:.2f}" for v in r["peak"].values()),
-            f"{peak / 1e9:.2f}", f"{r['flops'] / 1e15:.2f}", str(sum(c["calls"] for c in r["collectives"])),
+            str(r["pipeline_rank"]), f"{r['parameters'] / 1e9:.2f}", *(f"{v / 1e9:.2f}" for v in r["peak"].values()),
+            f"{peak / 1e9:.2f}", str(r["micro_batches"]), f"{r['flops'] / 1e15:.2f}",
+            str(sum(c["calls"] for c in r["collectives"])),
         )  # fmt: skip
     console.print(table)
+    console.print("count: billions of parameters; micro: micro-batches that ran; calls: of collectives")
     return results
 
 
@@ -288,9 +296,9 @@ def _print(plan: Plan, console: Console) -> None:
         roles = [role for role in ROLES if any(row.get(role) for row in rows)]
         if not rows:
             continue
-        table = Table(title=f"Memory of one GPU of each pipeline stage while {title} (GB)")
-        for column in ("stage", *roles, "total"):
-            table.add_column(column, justify="right")
+        table = _narrow(f"Memory of one GPU of each pipeline stage while {title} (GB)")
+        for column in ("stage", *(SHORT.get(role, role) for role in roles), "total"):
+            table.add_column(column, justify="right", no_wrap=True)
         for rank, row in enumerate(rows):
             table.add_row(
                 str(rank), *(f"{row.get(role, 0) / 1e9:.1f}" for role in roles), f"{sum(row.values()) / 1e9:.1f}"
@@ -312,6 +320,11 @@ def _print(plan: Plan, console: Console) -> None:
     console.print(f"[bold]{plan.verdict}[/bold]")
     for text in plan.advice:
         console.print(f"  {text}")
+
+
+def _narrow(title: str) -> Table:
+    """A table whose many columns stand in 80 characters."""
+    return Table(title=title, box=None, padding=(0, 0, 0, 1), pad_edge=False)
 
 
 def _print_search(found: list[tuple[Workload, Plan]], given: Plan, console: Console) -> None:

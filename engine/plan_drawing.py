@@ -41,7 +41,7 @@ def _memory(axes: plt.Axes, plan: Plan) -> None:
             labelled.add(role)
             axes.bar(places, heights, width * 0.95, bottom=bottom, color=colours[role], label=label)
             bottom = [a + b for a, b in zip(bottom, heights)]
-    axes.axhline(plan.device_bytes / 1e9, color="black", linestyle="--", label=f"memory of a {plan.device}")
+    axes.axhline(plan.device_bytes / 1e9, color="black", linestyle="--", label="memory of one GPU")
     axes.set_xticks(range(len(phases[0][1])))
     axes.set_xlabel("pipeline stage" + (" (left: training, right: rollout)" if len(phases) == 2 else ""))
     axes.set_ylabel("GB on one GPU")
@@ -60,7 +60,13 @@ def _schedule(axes: plt.Axes, plan: Plan, work: Workload) -> None:
     for rank, row in enumerate(slots):
         for slot in row:
             axes.barh(
-                rank, slot.length, left=slot.start, height=0.9, color=_colour(slot, p.virtual_pipeline), linewidth=0
+                rank,
+                slot.length,
+                left=slot.start,
+                height=0.9,
+                color=_colour(slot, p.virtual_pipeline),
+                edgecolor="white",
+                linewidth=0.4,
             )
     axes.invert_yaxis()
     axes.set_yticks(range(p.pipeline))

@@ -44,7 +44,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU of a pipeline rank. `working` is what a forward or backward needs for a moment."""
+    """Bytes on one GPU of a pipeline rank. `working` is what a layer's forward or backward needs for a moment, and
+    `logits` how much more than that the loss needs."""
 
     parameters: float
     gradients: float
@@ -52,11 +53,17 @@ class Memory:
     quantized: float
     activations: float
     working: float
+    logits: float
     host: float  # per GPU, in the node's memory
 
     @property
+    def moving(self) -> float:
+        """All that comes and goes within a step."""
+        return self.activations + self.working + self.logits
+
+    @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.quantized + self.activations + self.working
+        return self.parameters + self.gradients + self.optimizer + self.quantized + self.moving
 
 
 def layer_counts(model: ModelConfig, parallel: ParallelConfig, moe: bool) -> Counts:
@@ -197,11 +204,14 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
         # Rows on their way out and back: sorted, exchanged, computed, sorted again.
         forward = (5 if fp8 else 4) * b * P * H
         backward = 2 * b * P * H + weights + 4 * b * t * H
+        if not fp8:
+            backward = max(backward, 3 * b * P * H + 4 * b * P * F)  # with all that lies between the two products
         if parallel.overlap_expert_exchange:  # two micro-batches are on their way
             forward, backward = forward + 2 * b * P * H, backward + 2 * b * P * H
             kept += b * t * H  # Megatron's pieces hand each other the shared experts' result
     if parallel.recompute == "full":
-        beside = 3 if moe else -2  # of the layer's input and output, gradients among them
+        # Of the layer's input and output, gradients among them.
+        beside = (-1 if fp8 else 3) if moe else -2
         backward, kept = max(forward, backward) + kept + beside * b * t * H, b * t * H
     elif selective and m.architecture == "deepseek_v3":
         expanded = m.num_heads // tp * (T * m.qk_head_dim + tokens * (m.qk_nope_head_dim + m.v_head_dim))
@@ -211,11 +221,12 @@ def layer_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, moe: 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes of one stage: kept of one micro-batch, kept once, and what is needed for a moment."""
+    """Bytes of one stage: kept of one micro-batch, kept once, and what a layer or the loss needs for a moment."""
 
     kept: float
     once: float
     working: float
+    loss: float
 
 
 def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) -> list[Chunk]:
@@ -226,7 +237,7 @@ def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) 
     stages, layer, result = parallel.stages(model), 0, []
     for number, letters in enumerate(stages):
         kept = working = float(b * t * H)  # what came in
-        once = 0.0
+        once = loss = 0.0
         for letter in letters:
             runs = letter == "t" or (letter == "m" and step.uses_mtp)
             if not runs:
@@ -237,12 +248,19 @@ def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) 
             kept += of.kept
             working = max(working, of.forward, of.backward)
             if letter == "m":
-                kept += (2 if parallel.recompute == "full" else 8) * b * t * H + _head_kept(model, parallel, T, t)
+                # Its input and what it embeds, gathered; in FP8 the norm of both.
+                full = (3 if parallel.fp8 == "block" else 2) * t + (T if t != T else 0)
+                kept += b * H * (full if parallel.recompute == "full" else 8 * t) + _head_kept(model, parallel, T, t)
             elif layer == model.num_layers:
                 kept += b * t * H  # the last norm
         if "L" in letters:
-            kept += _head_kept(model, parallel, T, t)
-            if not step.value_head:
+            head = _head_kept(model, parallel, T, t)
+            kept += head
+            if not step.uses_mtp:
+                working = max(0.0, working - head)  # which is gone when the layers' turn comes
+            if step.value_head:
+                loss = 4 * T * H + 2 * b * t * H  # the hidden states in float32, and gradients
+            else:
                 rows = model.vocab_size // parallel.tensor
                 logits = 4 * rows * min(T, max(LOGITS, SPAN * T) // rows)
                 # Gradients of the head's weight; MTP's second use of it, and of the embedding, wait to be added up.
@@ -250,14 +268,14 @@ def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) 
                 tables = 3 if step.uses_mtp and model.num_mtp_layers else 1
                 if model.tie_embeddings:
                     working += b * rows * H
-                working = max(working, tables * b * rows * H, b * rows * H + b * T * H + logits)
+                loss = max(tables * b * rows * H, b * rows * H + b * T * H + logits)
         if number + 1 < len(stages):
             once += b * t * H  # a gradient that came back
         if number > 0:
-            working += b * t * H  # the next micro-batch's input
+            working, loss = working + b * t * H, loss + b * t * H  # the next micro-batch's input
         if parallel.tensor > 1 and parallel.sequence and parallel.fp8 != "block":
             once += b * T * H  # Megatron's buffer for what its linears gather
-        result.append(Chunk(kept, once, working))
+        result.append(Chunk(kept, once, working, loss))
     return result
 
 
@@ -300,7 +318,10 @@ def memory(model: ModelConfig, parallel: ParallelConfig, adam: AdamConfig, step:
         waiting = in_flight(parallel, rank, step.micro_batches, [c.kept for c in chunks])
         waiting += max(c.once for c in chunks)
         working = max(c.working for c in chunks)
+        loss = max(c.loss for c in chunks)
         optimizer = state * (own.dense / (data * parallel.context) + own.experts / expert_data)
+        if adam.offload:  # it comes back for the step, when there are no activations
+            working = max(working, optimizer - waiting)
         result.append(
             Memory(
                 parameters=b * (own.dense + own.experts) + 8 * own.biases,
@@ -308,8 +329,8 @@ def memory(model: ModelConfig, parallel: ParallelConfig, adam: AdamConfig, step:
                 optimizer=0.0 if adam.offload else optimizer,
                 quantized=2 * own.quantized if parallel.fp8 == "block" else 0.0,
                 activations=waiting,
-                # What was offloaded comes back for the step, when there are no activations.
-                working=max(working, optimizer - waiting) if adam.offload else working,
+                working=working,
+                logits=max(0.0, loss - working),
                 host=optimizer if adam.offload else 0.0,
             )
         )

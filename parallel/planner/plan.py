@@ -16,8 +16,8 @@ from r1.parallel.planner.time import RolloutTime, StepTime, flops_per_token, rea
 from r1.parallel.trainer import AdamConfig
 
 ROLES = (
-    "parameters", "gradients", "optimizer", "FP8 copies", "activations", "working", "reference", "reward model",
-    "KV cache", "communication", "fixed", "fragmentation",
+    "parameters", "gradients", "optimizer", "FP8 copies", "activations", "working", "logits and loss",
+    "reference", "reward model", "KV cache", "communication", "fixed", "fragmentation",
 )  # fmt: skip
 
 
@@ -182,13 +182,13 @@ def _memory(
                     "FP8 copies": own.quantized,
                 }
             )
-            moving = own.activations + own.working
             training.append(
                 static[-1]
                 | {
                     "activations": own.activations,
                     "working": own.working,
-                    "fragmentation": allowance.fragmentation * moving,
+                    "logits and loss": own.logits,
+                    "fragmentation": allowance.fragmentation * own.moving,
                 }
                 | fixed
             )

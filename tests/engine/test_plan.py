@@ -15,7 +15,7 @@ from r1.engine.config import load_config, presets
 from r1.engine.plan import advice, run_rank, workload
 from r1.engine.settings import PIPELINE, STAGES
 from r1.parallel.planner.hardware import load_hardware
-from r1.parallel.planner.memory import memory
+from r1.parallel.planner.memory import Memory, memory
 from r1.parallel.planner.plan import make_plan
 
 LARGE = [name for name in presets() if name != "tiny"]
@@ -56,11 +56,11 @@ def test_every_stage_has_a_workload() -> None:
         workload(config, "sftt")
 
 
-def one_rank(name: str, stage: int) -> tuple[dict, float]:
+def one_rank(name: str, stage: int) -> tuple[dict, Memory]:
     config = load_config(name)
     work, gpus = workload(config, config.plan.stage), config.plan.gpus
     counted = run_rank(work, gpus, stage * gpus // work.parallel.pipeline)
-    return counted, memory(work.model, work.parallel, work.adam, work.step(gpus), gpus)[stage].total
+    return counted, memory(work.model, work.parallel, work.adam, work.step(gpus), gpus)[stage]
 
 
 def test_advice_can_be_followed() -> None:
@@ -117,7 +117,10 @@ def test_every_preset_passes_its_dry_run() -> None:
         for (name, stage), job in jobs.items():
             counted, planned = job.result()
             peak = sum(counted["peak"].values())
-            assert planned == pytest.approx(peak, rel=0.05), (name, stage)
+            static = planned.total - planned.moving  # within half a percent, in test_memory
+            print(name, stage, f"{planned.moving / 1e9:.2f} {(peak - static) / 1e9:.2f} GB")
+            assert planned.moving == pytest.approx(peak - static, rel=0.05, abs=1e8), (name, stage)
+            assert planned.total == pytest.approx(peak, rel=0.02), (name, stage)
             assert counted["flops"] > 0 and counted["pipeline_rank"] == stage
             unique.setdefault(name, {}).update(counted["tensors"])
             if name == AT_671B[-1] and stage == load_config(name).parallel.pipeline - 1:

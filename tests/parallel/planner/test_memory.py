@@ -82,7 +82,7 @@ FAST = ("selective", "FP8", "context", "llama", "qwen tied")
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_formulas_are_what_dry_runs_count(name: str, elsewhere: ProcessPoolExecutor) -> None:
-    """Each kind within 5 %, what is needed for a moment within 2 % of the whole, and the whole within 2 %."""
+    """Each kind within 5 %: what waits for a backward, too, and all that comes and goes at once. The sum within 2 %."""
     model, layout, world, tokens = LAYOUTS[name]
     parallel = ParallelConfig(dtype="bfloat16", **layout)
     ranks = parallel.pipeline
@@ -97,8 +97,8 @@ def test_formulas_are_what_dry_runs_count(name: str, elsewhere: ProcessPoolExecu
             assert getattr(ours, kind) == pytest.approx(size, rel=0.005), (stage, kind)
         # A tenth of a gigabyte is nothing to a GPU, where a stage keeps little.
         assert ours.activations == pytest.approx(run.kept, rel=0.05, abs=1e8), stage
-        working = run.peak_bytes - sum(static.values()) - run.kept
-        assert ours.working == pytest.approx(working, abs=0.02 * run.peak_bytes), stage
+        moving = run.peak_bytes - sum(static.values())
+        assert ours.moving == pytest.approx(moving, rel=0.05, abs=1e8), stage
         assert ours.total == pytest.approx(run.peak_bytes, rel=0.02), stage
 
 
