@@ -139,7 +139,7 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
         )
     parallel = config.parallel
     if not model.is_moe:
-        parallel = parallel.model_copy(update={"expert": 1, "expert_tensor": 1})
+        parallel = parallel.model_copy(update={"expert": 1, "expert_tensor": 1, "overlap_expert_exchange": False})
     optimizer = settings.optimizer
     adam = AdamConfig(
         beta1=optimizer.betas[0], beta2=optimizer.betas[1], moments=optimizer.moments, offload=optimizer.offload

@@ -259,6 +259,11 @@ class ParallelConfig(Section):
     def _check_overlap(self, model: ModelConfig) -> None:
         """ValueError where Megatron's combined schedule cannot be had."""
         for holds, axis, wanted in (
+            (
+                model.num_dense_layers < model.num_layers,
+                "overlap_expert_exchange",
+                "a mixture of experts in the last layer",
+            ),
             (1 < self.expert < model.num_experts, "expert", f"2 or more, and less than {model.num_experts}"),
             (self.dispatcher != "allgather", "dispatcher", "alltoall or flex"),
             (self.recompute != "full", "recompute", "none or selective"),

@@ -146,7 +146,7 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> DecoderConfi
         **options,
     )
     # Set afterwards: Megatron's checks want bf16 for it, which nothing in it needs.
-    config.overlap_moe_expert_parallel_comm = parallel.overlap_expert_exchange
+    config.overlap_moe_expert_parallel_comm = parallel.overlap_expert_exchange and model.is_moe
     return config
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from r1.parallel import overlap
 from r1.parallel.config import ParallelConfig
+from r1.parallel.model import decoder_config
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import join
 from tests.parallel.tiny import LOSSES, MODELS, make_problem, own_part
@@ -47,6 +48,13 @@ def test_a_forward_runs_beside_a_backward(loss: str, pools: Any) -> None:
     """Three micro-batches on each of two replicas: one alone, two beside those before, and the last one's backward."""
     for calls in pools[2].run(pieces_run, loss):
         assert calls == [(True, False), (True, True), (True, True), (False, True)]
+
+
+def test_a_dense_model_goes_without() -> None:
+    """A student of a model that has it: Megatron's pieces of a dense layer leave the last norm out."""
+    parallel = ParallelConfig(overlap_expert_exchange=True)
+    assert not decoder_config(MODELS["llama"], parallel).overlap_moe_expert_parallel_comm
+    assert decoder_config(MODELS["deepseek"], ParallelConfig(**HIDDEN)).overlap_moe_expert_parallel_comm
 
 
 @pytest.mark.parametrize(
