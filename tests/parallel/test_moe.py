@@ -1,4 +1,4 @@
-"""Our router beside Megatron's own."""
+"""Our router beside Megatron's own, and its product beside autograd's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from torch import Tensor
 
 from r1.kernels import route
+from r1.parallel.moe import _WideLinear
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -49,3 +50,16 @@ def test_route_against_megatron(
     up = torch.randn(500, E) * clear[:, None]
     for got, want in zip(*(torch.autograd.grad((x * up).sum(), logits) for x in (ours_TE, theirs_TE)), strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_autograds(seed: int, dtype: torch.dtype) -> None:
+    """To the bit, and the float32 copies are not what is kept."""
+    x, w = (torch.randn(n, 48).to(dtype).requires_grad_() for n in (37, 16))
+    up, kept = torch.randn(37, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.dtype) or y, lambda y: y):
+        ours = _WideLinear.apply(x, w)
+    theirs = torch.nn.functional.linear(x.float(), w.float())
+    assert ours.dtype == torch.float32 and torch.equal(ours, theirs) and kept == [dtype, dtype]
+    for got, want in zip(*(torch.autograd.grad(out, (x, w), up) for out in (ours, theirs)), strict=True):
+        assert got.dtype == dtype and torch.equal(got, want)
