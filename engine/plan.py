@@ -21,7 +21,7 @@ from r1.engine.errors import UserError
 from r1.engine.settings import Config, EvaluateStage, GrpoStage, RejectionSamplingStage, RewardModelStage, SftStage
 from r1.parallel.config import ModelConfig
 from r1.parallel.planner.hardware import FILE, Hardware, load_hardware
-from r1.parallel.planner.plan import ROLES, Plan, Sampled, Workload, make_plan, search
+from r1.parallel.planner.plan import ROLES, Plan, Sampled, Workload, check_length, make_plan, search
 from r1.parallel.trainer import AdamConfig
 
 RL_REWARD_MODEL = "reward_model"
@@ -127,11 +127,7 @@ def workload(config: Config, stage: str, sequence_length: int | None = None) -> 
     if settings is None:
         raise ValueError(f"stage = {stage!r}, wanted one of {', '.join(type(config.stages).model_fields)}")
     model: ModelConfig = (config.student or config.model) if stage == "distill" else config.model
-    if sequence_length and sequence_length > model.max_positions:
-        raise ValueError(
-            f"sequence length {sequence_length} exceeds the model's max_positions = {model.max_positions}: at most"
-            f" {model.max_positions} would fit"
-        )
+    check_length(model, sequence_length or 0)
     if sequence_length and sequence_length <= config.plan.prompt_tokens:
         raise ValueError(
             f"sequence length {sequence_length} leaves nothing beside a prompt of plan.prompt_tokens ="

@@ -99,6 +99,13 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
+    def cached_width(self, tensor: int) -> int:
+        """Numbers that the cache holds of a token in one layer, on one of `tensor` tensor-parallel ranks: MLA's latent,
+        whole on each of them, or the keys and values of its heads."""
+        if self.architecture == "deepseek_v3":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.kv_heads * self.qk_head_dim // tensor
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.architecture == "deepseek_v3":

@@ -77,9 +77,7 @@ class Decoder:
         """How many of `tokens` tokens this fraction of the free memory caches, on the fullest of the processes that
         hold parts of the model. Collective."""
         m, config = trainer.model_config, trainer.chunks[0].config
-        width = m.kv_lora_rank + m.qk_rope_head_dim
-        if m.architecture != "deepseek_v3":
-            width = 2 * m.kv_heads * m.qk_head_dim // trainer.parallel.tensor
+        width = m.cached_width(trainer.parallel.tensor)
         layers = sum(len(chunk.decoder.layers) for chunk in trainer.chunks) + m.num_mtp_layers
         size = width * layers * config.params_dtype.itemsize
         device, group = trainer.world.device, trainer.world.groups.mp

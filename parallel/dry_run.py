@@ -268,7 +268,7 @@ def _decided(ledger: Ledger, model: ModelConfig) -> Iterator[None]:
         mock.patch.object(optimizer, "device_copy", device_copy),
         mock.patch.object(token_dispatcher, "sort_chunks_by_idxs", sort_chunks),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
-        # Nothing to copy; and fake tensors would remember the storage for ever.
+        # Nothing to copy.
         mock.patch.object(torch.UntypedStorage, "copy_", lambda self, source, non_blocking=False: self),
         mock.patch.object(grpo, "LOGITS_ON_CPU", grpo.LOGITS_ON_GPU),
         mock.patch.object(dist, "all_gather_object", all_gather_object),

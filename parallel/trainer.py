@@ -120,7 +120,6 @@ class Trainer:
         """
         if self.optimizer is None or self.adam is None:
             raise RuntimeError("this model was built without an optimiser")
-        self.optimizer.to_host()  # from where a checkpoint may have brought them
         for module in self.wrapped:
             module.train()
             module.zero_grad_buffer()

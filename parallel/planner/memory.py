@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from r1.kernels.grpo import LOGITS_ON_GPU, MIN_SPAN
 from r1.parallel.config import ModelConfig, ParallelConfig
+from r1.parallel.model import DTYPES
 from r1.parallel.planner.schedule import order
 from r1.parallel.trainer import AdamConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 QUANTIZED = 1 + 4 / 128  # bytes of a number in FP8 with one float32 scale for 128
-LOGITS = 2**26  # float32 logits at a time (r1.kernels.grpo.LOGITS_ON_GPU)
-SPAN = 128
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) 
                 loss = 4 * T * H + 2 * b * t * H  # the hidden states in float32, and gradients
             else:
                 rows = model.vocab_size // parallel.tensor
-                logits = 4 * rows * min(T, max(LOGITS, SPAN * T) // rows)
+                logits = 4 * rows * min(T, max(LOGITS_ON_GPU, MIN_SPAN * T) // rows)
                 # Gradients of the head's weight; MTP's second use of it, and of the embedding, wait to be added up.
                 # One that is the embedding too is held back to the end.
                 tables = 3 if step.uses_mtp and model.num_mtp_layers else 1
@@ -282,7 +282,7 @@ def stage_activations(model: ModelConfig, parallel: ParallelConfig, step: Step) 
 def _head_kept(model: ModelConfig, parallel: ParallelConfig, T: int, t: int) -> float:
     """What a loss keeps: hidden states, gathered from the tensor-parallel ranks, and the logits where they are few."""
     rows = model.vocab_size // parallel.tensor
-    logits = 4 * T * rows if T <= max(LOGITS, SPAN * T) // rows else 0
+    logits = 4 * T * rows if T <= max(LOGITS_ON_GPU, MIN_SPAN * T) // rows else 0
     return (BYTES[parallel.dtype] * T * model.hidden_size if t != T else 0) + 24 * T + logits
 
 

@@ -1,5 +1,5 @@
-"""A whole plan: memory of each pipeline rank by role, time and cost of a step and a stage, a verdict, and what would
-help; and the search for the layout that is fastest."""
+"""A whole plan: memory of each pipeline rank by role, time and cost of a step and a stage, a verdict; and the search
+for the layout that is fastest."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ ROLES = (
     "parameters", "gradients", "optimizer", "FP8 copies", "activations", "working", "logits and loss",
     "reference", "reward model", "KV cache", "communication", "fixed", "fragmentation",
 )  # fmt: skip
-
-
 PINNED = 2  # torch allocates page-locked memory in powers of two: at most twice what is asked for
 
 
@@ -153,11 +151,15 @@ def check(work: Workload, gpus: int) -> None:
             f" {p.context} and expert {p.expert} x expert_tensor {p.expert_tensor} x pipeline {p.pipeline} need:"
             f" {near} would fit"
         )
-    longest = work.model.max_positions
-    if work.sequence_length > longest:
+    check_length(work.model, work.sequence_length)
+
+
+def check_length(model: ModelConfig, length: int) -> None:
+    """ValueError where a sequence of `length` tokens is longer than the model takes."""
+    longest = model.max_positions
+    if length > longest:
         raise ValueError(
-            f"sequence length {work.sequence_length} exceeds the model's max_positions = {longest}: at most {longest}"
-            " would fit"
+            f"sequence length {length} exceeds the model's max_positions = {longest}: at most {longest} would fit"
         )
 
 
@@ -237,12 +239,8 @@ def _cache(work: Workload, gpus: int, rank: int) -> float:
     assert s is not None
     at_once = min(s.max_sequences, math.ceil(s.completions * s.steps_per_rollout / (p.data(gpus) * p.context)))
     layers = sum(letters.count("t") + letters.count("m") for letters in p.stages(m)[rank :: p.pipeline])
-    if m.architecture == "deepseek_v3":
-        width = m.kv_lora_rank + m.qk_rope_head_dim
-    else:
-        width = 2 * m.kv_heads // p.tensor * m.qk_head_dim
     tokens = s.cache_tokens or at_once * (s.prompt_tokens + s.longest_tokens)
-    return tokens * BYTES[p.dtype] * width * layers
+    return tokens * BYTES[p.dtype] * m.cached_width(p.tensor) * layers
 
 
 def _seconds(

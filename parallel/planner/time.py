@@ -121,9 +121,7 @@ def _layer(
     if p.context > 1:
         spans = p.tensor * p.context
         link = device.nvlink_bandwidth if spans <= device.gpus_per_node else device.network_bandwidth
-        width = (
-            m.kv_lora_rank + m.qk_rope_head_dim if m.architecture == "deepseek_v3" else 2 * m.kv_heads * m.qk_head_dim
-        )
+        width = m.cached_width(1)
         context = (2 + again) * b * step.tokens_per_micro_batch * width * (p.context - 1) / p.context / link / k.network
     exchange = exchange_seconds(m, p, t, hw, device) * (4 + 2 * again) if moe else 0.0
     if hidden_exchange or p.overlap_expert_exchange:
@@ -191,7 +189,9 @@ def step_time(
     expert_data = world_size // (p.pipeline * p.expert * p.expert_tensor)
     replicas = data * p.context
     sync = optimizer = 0.0
-    for counts in _per_rank(m, p, step):
+    of_stages = stage_counts(m, p, step.value_head)
+    for rank in range(p.pipeline):
+        counts = of_stages[rank :: p.pipeline]
         dense, experts = sum(c.dense for c in counts), sum(c.experts for c in counts)
         sent = sum(n * (ways - 1) / ways for n, ways in ((dense, replicas), (experts, expert_data)))
         # Replicas are far apart.
@@ -210,11 +210,6 @@ def step_time(
         optimizer=optimizer,
         flops=flops_per_token(m, step.sequence_length, step.uses_mtp),
     )
-
-
-def _per_rank(model: ModelConfig, parallel: ParallelConfig, step: Step) -> list:
-    counts = stage_counts(model, parallel, step.value_head)
-    return [counts[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
 
 
 def _head(model: ModelConfig, parallel: ParallelConfig, T: float, hw: Hardware, device: Device) -> Work:
@@ -278,9 +273,7 @@ def rollout_time(
     size = 1 if p.fp8 != "off" else b
     # Every weight is read for a step of decoding; and the cache of every running sequence, half grown.
     weights = size * sum(c.dense + c.experts for c in counts) + b * m.vocab_size * m.hidden_size / p.tensor
-    width = m.kv_lora_rank + m.qk_rope_head_dim if m.architecture == "deepseek_v3" else 2 * m.kv_heads * m.qk_head_dim
-    heads = 1 if m.architecture == "deepseek_v3" else p.tensor  # latents are whole on every tensor-parallel rank
-    cache = at_once * (prompt_tokens + mean_tokens / 2) * b * m.num_layers * width / heads
+    cache = at_once * (prompt_tokens + mean_tokens / 2) * b * m.num_layers * m.cached_width(p.tensor)
     moes = sum(is_moe(m, i) for i in range(m.num_layers))
     latency = m.num_layers * hw.run.launch_latency
     if p.expert > 1:
