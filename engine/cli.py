@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from r1.engine.config import PIPELINE, STAGES, Config, load_config, presets, to_toml
 from r1.engine.errors import UserError
@@ -84,6 +85,18 @@ def _plan(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
     )
     return 0 if result.fits else 1
+
+
+def _import(options: argparse.Namespace) -> None:
+    from r1.engine.exchange import import_checkpoint
+
+    import_checkpoint(options.source, options.checkpoint, options.set)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from r1.engine.exchange import export_checkpoint
+
+    export_checkpoint(options.checkpoint, options.folder, options.dtype, options.set)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -180,6 +193,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/demo")
     command.set_defaults(command=_report)
 
+    layout: dict[str, Any] = {
+        "action": "append",
+        "default": [],
+        "metavar": "parallel.b=c",
+        "help": "the layout; repeat for more",
+    }
+    command = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder or a .gguf file")
+    command.add_argument("source", metavar="HF_DIR", help="safetensors and config.json; or a .gguf file")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder to write")
+    command.add_argument("--set", **layout)
+    command.set_defaults(command=_import)
+
+    command = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder or a stage's")
+    command.add_argument("folder", metavar="HF_DIR", help="the folder to write")
+    command.add_argument(
+        "--dtype", choices=("fp8", "bfloat16", "float16", "float32"), help="default: the checkpoint's, or its origin's"
+    )
+    command.add_argument("--set", **layout)
+    command.set_defaults(command=_export)
+
     command = commands.add_parser("generate", help="try a model on a prompt")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder or a stage's")
     command.add_argument("prompt", metavar="PROMPT")
@@ -204,9 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop-timeout", type=float, default=20.0, metavar="SECONDS", help="after SIGTERM; default 20"
     )
     command.add_argument("--speculate", action="store_true", help="draft tokens with the model's own MTP layer")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="parallel.b=c", help="the layout; repeat for more"
-    )
+    command.add_argument("--set", **layout)
     command.set_defaults(command=_serve)
     return parser
 
@@ -219,8 +251,8 @@ def _count(text: str) -> int:
 
 def _is_for_the_user(error: Exception) -> bool:
     """parallel/ knows nothing of UserError; its CheckpointError is as much meant for the user."""
-    checkpoint = sys.modules.get("r1.parallel.checkpoint")
-    return isinstance(error, UserError) or (checkpoint is not None and isinstance(error, checkpoint.CheckpointError))
+    folders = sys.modules.get("r1.parallel.folders")
+    return isinstance(error, UserError) or (folders is not None and isinstance(error, folders.CheckpointError))
 
 
 def _tell(message: str) -> None:

@@ -55,12 +55,13 @@ def config_from(values: dict[str, Any]) -> Config:
         raise UserError(_explain(error)) from None
 
 
-def parallel_config(settings: Sequence[str]) -> ParallelConfig:
-    """The table `parallel` of settings alone ("parallel.tensor=2"), where a checkpoint says what the model is.
+def parallel_config(settings: Sequence[str] = (), dtype: str = "float32") -> ParallelConfig:
+    """The table `parallel` of settings alone ("parallel.tensor=2"), where a checkpoint says what the model is and what
+    `dtype` it has.
 
     Raises UserError where a key or a value is wrong, or of another table.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"parallel": {"dtype": dtype}}
     for setting in settings:
         _assign(values, setting)
         if set(values) != {"parallel"}:

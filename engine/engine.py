@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from r1.engine import rollout
+from r1.engine.config import parallel_config
 from r1.engine.data.packing import pack_indices
 from r1.engine.errors import UserError
+from r1.engine.logs import every_ten_seconds
 from r1.engine.sampling import Completion, SamplingParameters
 from r1.engine.settings import Config, GrpoStage, OptimizerConfig
 from r1.kernels import aggregation_weights
-from r1.parallel import checkpoint
+from r1.parallel import checkpoint, convert
 from r1.parallel.config import ModelConfig
 from r1.parallel.loss import IGNORED, Loss, PolicyLoss, PreferenceLoss, SupervisedLoss, TokenLogprobs, sequence_values
 from r1.parallel.packing import MicroBatch
@@ -44,6 +46,17 @@ class Sample:
     def predicted(self) -> range:
         """Positions whose token the loss predicts; the first token of a text has nothing before it."""
         return range(max(1, self.prompt_length), len(self.tokens))
+
+
+def stored_model(path: str | Path) -> tuple[ModelConfig, Literal["float32", "bfloat16"], bool]:
+    """(model, the type to hold its weights in, whether it is a reward model) of a checkpoint or Hugging Face folder.
+
+    CheckpointError where the path holds neither."""
+    if convert.is_hugging_face(Path(path)):
+        model, dtype = convert.read_config(path)
+        return model, "bfloat16" if dtype in ("fp8", "bfloat16") else "float32", False
+    state = checkpoint.read_state(path)
+    return ModelConfig.model_validate(state["model"]), state.get("dtype", "float32"), bool(state.get("value_head"))
 
 
 @dataclass
@@ -110,6 +123,23 @@ class Engine:
             value_head=value_head,
         )
         self.reference: Trainer | None = None
+        # On the main process: what came with a Hugging Face checkpoint and leaves with an export.
+        self.carried: dict[str, bytes] = {}
+        self._writing: checkpoint.Writing | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: Config | None = None, **options: Any) -> Engine:
+        """An engine that holds a checkpoint of ours or a Hugging Face folder, of whatever model it is.
+
+        Without a `config` the layout is plain, in the type that the weights are stored in (FP8: bfloat16). `options`
+        are Engine's. CheckpointError where the path holds neither, or it is damaged.
+        """
+        model, dtype, value_head = stored_model(path)
+        if config is None:
+            config = Config.model_construct(model=model, parallel=parallel_config(dtype=dtype))
+        engine = cls(config, model=model, **{"value_head": value_head, **options})
+        engine.load(path)
+        return engine
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -241,27 +271,59 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ keeping
 
-    def save(self, path: str | Path, state: dict[str, Any] | None = None, optimizer: bool = True) -> None:
+    def save(
+        self,
+        path: str | Path,
+        state: dict[str, Any] | None = None,
+        optimizer: bool = True,
+        *,
+        keep: Path | None = None,
+        background: bool = False,
+    ) -> None:
         """Write weights, optimiser, reference model and `state` (JSON) to a folder; what was there stays until the
-        new one is whole."""
+        new one is whole, and is then renamed to `keep`, where given.
+
+        In the `background` training may go on; then `finish_save` is for everyone to call, now and then and at the
+        end. CheckpointError where the folder cannot be written.
+        """
+        self.finish_save()
         reference = self.reference if optimizer else None
-        checkpoint.save(self.policy, path, state or {}, optimizer=optimizer, reference=reference)
+        self._writing = checkpoint.Writing(self.policy, path, state or {}, optimizer, reference, self.carried, keep)
+        if not background:
+            self.finish_save()
+
+    def finish_save(self, wait: bool = True) -> bool:
+        """Give what is saved in the background its name, waiting for it or (`wait=False`) if it is ready; whether
+        nothing is left to do. CheckpointError where it could not be written."""
+        writing = self._writing
+        if writing is not None and (wait or writing.done()):
+            self._writing = None
+            writing.finish()
+        return self._writing is None
 
     def load(self, path: str | Path, optimizer: bool = False) -> dict[str, Any]:
-        """Read a checkpoint of any layout, with `optimizer` all that training goes on from; returns its state."""
+        """Read a checkpoint of any layout, or the weights of a Hugging Face folder; with `optimizer` all that training
+        goes on from. Returns its state."""
+        if convert.is_hugging_face(Path(path)):
+            self.carried = convert.load_hf(self.policy, path, tell=every_ten_seconds("reading weights"))
+            return {}
         if optimizer and checkpoint.read_state(path).get("reference"):
             if self.reference is None:
                 self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=self.seed)
-        return checkpoint.load(self.policy, path, optimizer=optimizer, reference=self.reference if optimizer else None)
+        state = checkpoint.load(self.policy, path, optimizer=optimizer, reference=self.reference if optimizer else None)
+        self.carried = checkpoint.read_files(path) if self.world.is_main else {}
+        return state
 
-    def export_hf(self, path: str | Path, tokenizer: Any = None) -> None:
-        """Write the policy as a Hugging Face folder that transformers and vLLM load."""
-        from r1.parallel.convert import export_hf
-
-        export_hf(self.policy, path, tokenizer)
+    def export_hf(self, path: str | Path, tokenizer: Any = None, dtype: convert.Dtype | None = None) -> None:
+        """Write the policy as a Hugging Face folder that transformers and vLLM load; `dtype` None is that of the
+        Hugging Face checkpoint it began as, else the model's own."""
+        convert.export_hf(
+            self.policy, path, tokenizer, dtype=dtype, carried=self.carried, tell=every_ten_seconds("writing weights")
+        )
 
     def close(self) -> None:
-        """Let go of the models; the process groups stay for the next engine."""
+        """Let go of the models, when what is being saved is written; the process groups stay for the next engine."""
+        self.finish_save()
         self.policy = None  # type: ignore[assignment]
         self.reference = None
 

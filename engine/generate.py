@@ -58,37 +58,37 @@ def open_checkpoint(folder: Path, *, settings: Sequence[str] = (), seed: int = 0
     """
     from r1.engine.config import Config, parallel_config
     from r1.engine.data.tokenizer import Tokenizer
-    from r1.engine.engine import Engine
-    from r1.parallel.checkpoint import read_state
-    from r1.parallel.config import ModelConfig
+    from r1.engine.engine import Engine, stored_model
 
-    parallel = parallel_config(settings)
-    state = read_state(folder)
-    if state.get("value_head"):
+    parallel_config(settings)  # a mistake in them is told first
+    model, dtype, value_head = stored_model(folder)
+    if value_head:
         raise UserError(f"{folder} is a reward model: it scores text and cannot write any")
-    model = ModelConfig.model_validate(state["model"])
-    tokenizer = Tokenizer.load(find_above(folder, "tokenizer.json"))
-    config = Config.model_construct(model=model, parallel=parallel)
-    engine = Engine(config, train=False, vocab_size=tokenizer.vocab_size, seed=seed)
-    engine.load(folder)
+    tokenizer = Tokenizer.load(find_tokenizer(folder))
+    config = Config.model_construct(model=model, parallel=parallel_config(settings, dtype))
+    engine = Engine.from_pretrained(folder, config, train=False, vocab_size=tokenizer.vocab_size, seed=seed)
     return engine, tokenizer
 
 
+def find_tokenizer(folder: Path) -> Path:
+    """The folder of a checkpoint's tokenizer.json: what came with its Hugging Face checkpoint, else its own, else one
+    of the three above it; UserError where there is none."""
+    for place in (folder / "hf", folder, *list(folder.resolve().parents)[:3]):
+        if (place / "tokenizer.json").exists():
+            return place
+    raise UserError(f"there is no tokenizer.json in {folder} nor in the folders above it")
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint's folder: `path` itself, or the newest one directly inside a stage's folder."""
+    """The checkpoint's folder: `path` itself (ours, or a Hugging Face folder), or the newest one directly inside a
+    stage's folder."""
     path = Path(path)
-    if (path / "state.json").exists():
+    if any((path / name).exists() for name in ("state.json", "config.json")):
         return path
     inside = sorted(path.glob("*/state.json"), key=lambda file: file.stat().st_mtime)
     if not inside:
         known = "does not exist" if not path.exists() else "holds no checkpoint"
-        raise UserError(f"checkpoint {path} {known}, wanted a folder with a state.json, as a stage leaves it")
+        raise UserError(
+            f"checkpoint {path} {known}, wanted a folder with a state.json, as a stage leaves it, or a config.json"
+        )
     return inside[-1].parent
-
-
-def find_above(folder: Path, name: str) -> Path:
-    """The file of this name in the folder, or in one of the three above it; UserError where there is none."""
-    for place in (folder, *list(folder.resolve().parents)[:3]):
-        if (place / name).exists():
-            return place / name
-    raise UserError(f"there is no {name} in {folder} nor in the folders above it")

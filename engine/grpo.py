@@ -270,8 +270,7 @@ def _learn(
         total = sum(len(s.tokens) for s in samples)
         row = {**metrics, **mismatch, **means, "length": length, "lr": lr, **share}
         row["tokens_per_second"] = total / max(sum(share.values()), 1e-9)
-        run.log.append(step, row)
-        run.last_step = step
+        run.record(step, row)
         step += 1
         shown: dict[str, float] = {
             n: row[n] for n in ("reward", "accuracy", "language_consistency", "length", "kl") if n in row

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -202,6 +202,20 @@ class StageProgress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def every_ten_seconds(title: str) -> Callable[[int, int], None]:
+    """A function of (done, in all) that tells how far it is, on the main process, where it takes longer than that."""
+    began = shown = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if now - shown >= 10:
+            shown = now
+            say(f"{title} {done}/{total}  {_clock((now - began) / max(1, done) * (total - done))} left")
+
+    return tell
 
 
 def say(text: str) -> None:

@@ -120,6 +120,9 @@ class StageConfig(Section):
 
     from_: str | None = Field(None, alias="from")
     save_interval_steps: Count = 50
+    save_in_background: bool = Field(True, description="training goes on while a checkpoint is written")
+    keep_checkpoints: Count = Field(1, description="the newest; older ones lie beside it as checkpoint.step-N")
+    keep_best: bool = Field(False, description="and the one with the highest mean reward (lowest loss) until it")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: list[Change] = []
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,9 @@ from r1.engine.engine import Engine
 from r1.engine.errors import UserError
 from r1.engine.logs import MetricsLog, StageTimer, is_main_process, say, write_json
 from r1.engine.settings import STAGES, Config
-from r1.parallel import checkpoint, convert
+from r1.parallel import checkpoint
 from r1.parallel.config import ModelConfig
+from r1.parallel.convert import is_hugging_face
 from r1.parallel.fp8 import forget_quantized
 
 Item = TypeVar("Item")
@@ -47,7 +49,7 @@ def checkpoint_of(config: Config, source: str) -> Path:
     """The folder that a stage's name or a path means: a checkpoint, or Hugging Face weights. UserError for neither."""
     path = config.stage_dir(source) / "checkpoint" if source in STAGES else Path(source)
     for folder in (path, path / "checkpoint"):
-        if (checkpoint.recover(folder) / "state.json").is_file() or _is_hugging_face(folder):
+        if (checkpoint.recover(folder) / "state.json").is_file() or is_hugging_face(folder):
             return folder
     if path.is_dir():
         return path  # damaged: loading it says how
@@ -55,27 +57,15 @@ def checkpoint_of(config: Config, source: str) -> Path:
     raise UserError(f"there is no checkpoint at {path}{hint}")
 
 
-def _is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "state.json").exists()
-
-
 def open_engine(config: Config, source: str, tokenizer: Tokenizer) -> Engine:
     """An engine to sample and score with, holding a checkpoint of whatever model it is."""
-    path = checkpoint_of(config, source)
-    state = {} if _is_hugging_face(path) else checkpoint.read_state(path)
-    model = ModelConfig.model_validate(state["model"]) if "model" in state else config.model
-    value_head = bool(state.get("value_head"))
-    engine = Engine(config, model=model, train=False, value_head=value_head, vocab_size=tokenizer.vocab_size)
-    _load_weights(engine, path)
-    return engine
+    return Engine.from_pretrained(checkpoint_of(config, source), config, train=False, vocab_size=tokenizer.vocab_size)
 
 
 def _load_weights(engine: Engine, path: Path) -> None:
     """Weights alone. A reward model may start from a language model: it takes the body and keeps its own new head."""
     policy = engine.policy
-    if _is_hugging_face(path):
-        convert.load_hf(policy, path)
-    elif policy.value_head and not checkpoint.read_state(path).get("value_head"):
+    if policy.value_head and (is_hugging_face(path) or not checkpoint.read_state(path).get("value_head")):
         donor = Engine(engine.config, model=engine.model_config, train=False, vocab_size=engine.vocab_size)
         donor.load(path)
         for ours, theirs in zip(policy.chunks, donor.policy.chunks, strict=True):
@@ -145,6 +135,7 @@ class StageRun:
         self.timer = StageTimer(self.folder)
         self.last_step = 0  # the last one that was logged
         self._saved_step = -1
+        self._scores: list[float] = []  # of the steps since then
 
     @property
     def complete(self) -> bool:
@@ -186,16 +177,51 @@ class StageRun:
             say(f"{self.title}: goes on after {step} steps")
         return engine, state
 
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log what the 0-based optimiser step `step` measured."""
+        self.log.append(step, metrics)
+        self.last_step = step
+        self._scores.append(float(metrics["reward"] if "reward" in metrics else -metrics["loss"]))
+
     def save(
         self, engine: Engine, step: int, state: Callable[[], dict[str, Any]] | None = None, *, force: bool = False
     ) -> None:
         """Keep a checkpoint of `step` optimiser steps, with what `state` gives (JSON), where the interval (or `force`)
-        asks for one."""
-        if step == self._saved_step or not (force or step - self._saved_step >= self.settings.save_interval_steps):
+        asks for one. `force` waits until it is there."""
+        if step != self._saved_step and (force or step - self._saved_step >= self.settings.save_interval_steps):
+            with self.timer.phase("checkpoint"):
+                engine.finish_save()
+                self._drop_old()
+                score = sum(self._scores) / len(self._scores) if self._scores else None
+                engine.save(
+                    self.checkpoint,
+                    {"stage": self.name, "step": step, "score": score, **(state() if state else {})},
+                    keep=self._keep_as(),
+                    background=self.settings.save_in_background,
+                )
+            self._saved_step, self._scores = step, []
+        if engine.finish_save(wait=force) and force:
+            self._drop_old()
+
+    def _keep_as(self) -> Path | None:
+        """The name that the present checkpoint gets when a newer one takes its place; None: it is deleted then."""
+        if (self.settings.keep_checkpoints == 1 and not self.settings.keep_best) or not self.checkpoint.exists():
+            return None
+        step = checkpoint.read_state(self.checkpoint)["step"]
+        return self.checkpoint.with_name(f"checkpoint.step-{step:06}")
+
+    def _drop_old(self) -> None:
+        """Delete the checkpoints that are neither among the newest nor the best."""
+        if not is_main_process():
             return
-        with self.timer.phase("checkpoint"):
-            engine.save(self.checkpoint, {"stage": self.name, "step": step, **(state() if state else {})})
-        self._saved_step = step
+        kept = sorted(self.folder.glob("checkpoint.step-*"), reverse=True)
+        surplus = kept[self.settings.keep_checkpoints - 1 :]
+        if self.settings.keep_best and surplus:
+            scored = [(checkpoint.read_state(path).get("score"), path) for path in (self.checkpoint, *kept)]
+            best = max(((score, path) for score, path in scored if score is not None), default=(0.0, None))[1]
+            surplus = [path for path in surplus if path != best]
+        for path in surplus:
+            shutil.rmtree(path)
 
     def write(self, name: str, value: Any) -> None:
         """A JSON file in the stage's folder."""

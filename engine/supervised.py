@@ -22,8 +22,7 @@ def train(run: StageRun, engine: Engine, start: int, steps: int, batch: Callable
                 metrics = engine.sft_step(batch(step), lr=lr, tokens_per_micro_batch=settings.tokens_per_micro_batch)
             seconds = max(run.timer.seconds - began, 1e-9)
             metrics = {**metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds}
-            run.log.append(step, metrics)
-            run.last_step = step
+            run.record(step, metrics)
             progress.update(step + 1, {"loss": metrics["loss"], "lr": lr})
             run.save(engine, step + 1)
     run.save(engine, steps, force=True)

@@ -1,36 +1,45 @@
 """Checkpoints on Megatron's distributed format: written in one layout, read in any other.
 
-A checkpoint is a folder: Megatron's shards under `shards/`, the caller's `state.json`, and `manifest.json` with the
-size and CRC-32 of every file. It is written beside its final name and renamed when the manifest is in place, so a
-folder with the final name is whole. Reading checks the manifest first; all is read before any weight changes.
+A checkpoint is a folder: Megatron's shards under `shards/`, the caller's `state.json`, what came with a Hugging Face
+checkpoint under `hf/`, and `manifest.json` with the size and CRC-32 of every file. It is written beside its final name
+and renamed when the manifest is in place, so a folder with the final name is whole. Reading checks the manifest first;
+all is read before any weight changes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-import os
+import multiprocessing
 import queue
 import shutil
+import signal
 import zlib
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from pydantic import ValidationError
 
+from r1.parallel import folders
 from r1.parallel.config import ModelConfig
+from r1.parallel.folders import CheckpointError, partial_of, unwritten, write_text
 from r1.parallel.fp8 import forget_quantized
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or of another model; the message is one sentence."""
+MANIFEST = "manifest.json"
+SPARE_BYTES = 16 << 20  # beside the tensors: metadata, state
+PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 def save(
@@ -39,55 +48,189 @@ def save(
     state: dict[str, Any],
     optimizer: bool = True,
     reference: Trainer | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the weights (and optimiser, and a reference model's weights) of all processes and `state` (JSON) to
-    `folder`, replacing what was there.
+    """Write the weights (and optimiser, and a reference model's weights) of all processes, `state` (JSON) and `files`
+    (the main process's, for `hf/`) to `folder`, replacing what was there.
 
     Collective: every process calls it with the same arguments. A process killed in the middle leaves the old one.
+    CheckpointError, on every process, where the folder cannot be written; the old one is whole then too.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    if trainer.world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "shards").mkdir(parents=True)
-    dist.barrier()
-    trainer.gather_weights()
-    tensors = sharded_state(trainer.chunks, trainer.world)
-    if optimizer and trainer.optimizer is not None:
-        metadata = checkpoint_metadata(trainer.world)
-        tensors["optimizer"] = trainer.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=metadata)
-    if reference is not None:
-        tensors["reference"] = _reference_state(reference)
-    # Megatron starts a manager process (which imports the main module again) for a queue that only an asynchronous
-    # save needs; in a synchronous one both ends are here.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(tensors, str(partial / "shards"), sharded_strategy=strategy)
-    dist.barrier()
-    if trainer.world.is_main:
-        model = trainer.model_config.model_dump()
+    Writing(trainer, folder, state, optimizer, reference, files).finish()
+
+
+class Writing:
+    """A checkpoint that is being written while training goes on: made, it has the state of that moment.
+
+    A process of its own, forked, writes the shards from host memory (a GPU's tensors are copied there first). Everyone
+    then calls `finish`, best when `done` says so. Arguments as `save`; what had the name before is renamed to `keep`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: str | Path,
+        state: dict[str, Any],
+        optimizer: bool = True,
+        reference: Trainer | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: Path | None = None,
+    ) -> None:
+        self.folder, self.keep, self._world = Path(folder), keep, trainer.world
+        trainer.gather_weights()
+        tensors = sharded_state(trainer.chunks, trainer.world)
+        if optimizer and trainer.optimizer is not None:
+            metadata = checkpoint_metadata(trainer.world)
+            tensors["optimizer"] = trainer.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=metadata)
+        if reference is not None:
+            tensors["reference"] = _reference_state(reference)
+        self._files: dict[str, str | bytes] = {f"hf/{name}": contents for name, contents in (files or {}).items()}
         contents = {
-            "model": model,
+            "model": trainer.model_config.model_dump(),
+            "dtype": trainer.parallel.dtype,
             "value_head": trainer.value_head,
             "optimizer": "optimizer" in tensors,
             "reference": reference is not None,
             "steps_taken": trainer.steps_taken,
             **state,
         }
-        _write(partial / "state.json", json.dumps(contents, indent=1))
-    dist.barrier()
-    sums = _checksums(partial, trainer.world.rank, trainer.world.size)
-    if trainer.world.is_main:
-        _write(partial / "manifest.json", json.dumps(sums, indent=1))
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    if "optimizer" in tensors:
-        trainer.optimizer.to_host()
-    dist.barrier()
+        self._files["state.json"] = json.dumps(contents, indent=1)
+        self._begin(sum(_nbytes(part) for part in _sharded(tensors)))
+        # Megatron starts a manager process (which imports the main module again) for a queue between processes; here
+        # both ends are in this one.
+        self._results: queue.Queue[Any] = queue.Queue()
+        filesystem_async._results_queue = self._results
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        self._request = dist_checkpointing.save(
+            tensors, str(partial_of(self.folder) / "shards"), sharded_strategy=strategy, async_sharded_save=True
+        )
+        self._start()
+        if "optimizer" in tensors:
+            trainer.optimizer.to_host()
+
+    def _begin(self, nbytes: int) -> None:
+        """An empty folder on a disk that has room."""
+        counts: list[Any] = [None] * self._world.size
+        dist.all_gather_object(counts, nbytes)
+        problem = None
+        if self._world.is_main:
+            try:
+                shards = folders.begin(self.folder, "state.json") / "shards"
+                shards.mkdir()
+                write_text(shards / "probe", " " * (1 << 20))  # quotas and read-only disks say so now
+                (shards / "probe").unlink()
+                wanted, free = sum(counts) + SPARE_BYTES, shutil.disk_usage(shards).free
+                if free < wanted:
+                    problem = f"it wants {wanted / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free"
+                    problem = unwritten(self.folder, problem)
+            except OSError as error:
+                problem = unwritten(self.folder, error)
+            except CheckpointError as error:
+                problem = str(error)
+        self._agree(problem)
+
+    def _start(self) -> None:
+        self._process: Any = None
+        if self._request.async_fn is None:
+            return
+        buckets = self._request.preload_fn()
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        transforms = self._request.async_fn.args[0]
+        self._process = context.Process(target=_write_shards, args=(transforms, buckets, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        for _, _, (plain, tensors) in self._request.async_fn_args[1]:  # the process has its own by now
+            plain.clear()
+            tensors.clear()
+
+    def done(self) -> bool:
+        """Whether every process's shards are written. Collective."""
+        mine = self._process is None or self._pipe.poll() or not self._process.is_alive()
+        everyone = torch.tensor(int(mine), device=self._world.device)
+        dist.all_reduce(everyone, dist.ReduceOp.MIN)
+        return bool(everyone)
+
+    def finish(self) -> None:
+        """Wait for the shards and give the folder its name. Collective; raises as `save`."""
+        results, sums, problem = {}, {}, None
+        if self._process is not None:
+            try:
+                results, sums, error = self._pipe.recv()
+                problem = unwritten(self.folder, error) if error is not None else None
+            except EOFError:
+                self._process.join()
+                how = f"the process that wrote it ended ({self._process.exitcode}); is the host's memory full?"
+                problem = unwritten(self.folder, how)
+            self._process.join()
+            self._pipe.close()
+            self._results.put(results)
+        self._agree(problem)
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except OSError as error:
+            problem = unwritten(self.folder, error)
+        parts: list[Any] = [None] * self._world.size
+        dist.all_gather_object(parts, sums)
+        if self._world.is_main and problem is None:
+            try:
+                self._publish({name: value for part in parts for name, value in sorted(part.items())})
+            except OSError as error:
+                problem = unwritten(self.folder, error)
+        self._agree(problem)
+
+    def _publish(self, sums: dict[str, list[int]]) -> None:
+        partial = partial_of(self.folder)
+        for name, contents in self._files.items():
+            path = partial / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(contents) if isinstance(contents, bytes) else write_text(path, contents)
+        for path in _files(partial):
+            name = str(path.relative_to(partial))
+            if name not in sums:  # Megatron's metadata and what was written here
+                sums[name] = [path.stat().st_size, _crc(path)]
+        write_text(partial / MANIFEST, json.dumps(dict(sorted(sums.items())), indent=1))
+        folders.publish(self.folder, self.keep)
+
+    def _agree(self, problem: str | None) -> None:
+        """CheckpointError on every process for what one of them met; then nothing of the new folder is left."""
+        problems: list[Any] = [None] * self._world.size
+        dist.all_gather_object(problems, problem)
+        for rank, found in enumerate(problems):
+            if found:
+                if self._world.is_main:
+                    shutil.rmtree(partial_of(self.folder), ignore_errors=True)
+                raise CheckpointError(found if self._world.size == 1 else f"rank {rank}: {found}")
+
+
+def _write_shards(transforms: list[Any], buckets: list[Any], pipe: Connection) -> None:
+    """What the forked process does: (Megatron's results, {file: [bytes, CRC-32]}, an error or None) into the pipe."""
+    # The checkpoint of a process that was killed is nobody's: another run may be writing there.
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    results: dict[int, Any] = {}
+    sums: dict[str, list[int]] = {}
+    error = None
+    for number, bucket in enumerate(buckets):
+        answers: queue.Queue[Any] = queue.Queue()
+        counted: queue.Queue[int] = queue.Queue()
+        counted.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, counted, True)
+        _, results[number] = answers.get()
+        if isinstance(results[number], Exception):
+            error = results[number]
+            break
+        path = Path(bucket[0])
+        sums[f"shards/{path.name}"] = [path.stat().st_size, _crc(path)]
+    pipe.send((results if error is None else {}, sums, error))
+
+
+def _sharded(tensors: dict[str, Any]) -> list[ShardedTensor]:
+    return [t for t in nested_values(tensors) if isinstance(t, ShardedTensor) and t.data is not None]
+
+
+def _nbytes(tensor: ShardedTensor) -> int:
+    return tensor.data.nbytes if is_main_replica(tensor.replica_id) else 0
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -104,6 +247,11 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"checkpoint {folder} is damaged: state.json does not name its model")
     return state
+
+
+def read_files(folder: str | Path) -> dict[str, bytes]:
+    """What a checkpoint has under `hf/`."""
+    return {path.name: path.read_bytes() for path in sorted((recover(Path(folder)) / "hf").glob("*"))}
 
 
 def load(
@@ -196,34 +344,18 @@ _SHAPE_FIELDS = (
 
 def recover(folder: Path) -> Path:
     """Undo a replacement that was killed between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.is_dir() and (old / "manifest.json").exists():
-        try:
-            old.rename(folder)
-        except FileNotFoundError:
-            pass  # another process did it
-    return folder
+    return folders.recover(folder, MANIFEST)
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-
-
-def _checksums(folder: Path, rank: int, size: int) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of the whole folder; the processes share the reading."""
-    mine = {}
-    for path in _files(folder)[rank::size]:
-        mine[str(path.relative_to(folder))] = [path.stat().st_size, _crc(path)]
-    parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, mine)
-    return {name: value for part in parts for name, value in sorted(part.items())}
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 def _verify(folder: Path, rank: int, size: int) -> None:
     """CheckpointError, on every process, where a file is missing, short or changed."""
     problem = None
     try:
-        manifest = dict(json.loads((folder / "manifest.json").read_text()))
+        manifest = dict(json.loads((folder / MANIFEST).read_text()))
         for name in sorted(manifest)[rank::size]:
             length, crc = manifest[name]
             path = folder / name
@@ -252,13 +384,6 @@ def _crc(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """Weights between our models and Hugging Face checkpoints, both ways, in any layout.
 
-A process reads only the slices that lie in its own shards, and an export passes one of our tensors at a time through
-the main process. huggingface.py holds the names; the fused experts that transformers >= 5 keeps in memory
-(`mlp.experts.gate_up_proj`, (E, 2F, H)) are read as well as the published one tensor an expert.
+A process reads only what lies in its own shards, a band of rows at a time, and an export passes one Hugging Face
+tensor at a time through the main process into its place on the disk. huggingface.py holds the names.
 """
 
 from __future__ import annotations
@@ -10,89 +9,163 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from r1.parallel.checkpoint import CheckpointError
+from r1.kernels.fp8 import BLOCK, dequantize, quantize_128x128
 from r1.parallel.config import ModelConfig
+from r1.parallel.folders import CheckpointError, begin, partial_of, publish, recover, unwritten
 from r1.parallel.fp8 import forget_quantized
+from r1.parallel.hf_reader import SCALE, SUMS, TYPES, Source, checksums, damaged
+from r1.parallel.hf_writer import FolderWriter, Planned, write_json, write_sums
 from r1.parallel.huggingface import Part, hf_config, model_config_from_hf, parts
 from r1.parallel.model import data_shape, sharded_state
 from r1.parallel.trainer import Trainer
 
-__all__ = ["export_hf", "gathered", "hf_config", "load_hf", "model_config_from_hf", "whole"]
+__all__ = [
+    "Dtype",
+    "export_hf",
+    "gathered",
+    "hf_config",
+    "is_hugging_face",
+    "load_hf",
+    "model_config_from_hf",
+    "read_config",
+]
 
-BYTES_PER_FILE = 5 << 30
+# fp8: the layers' matrices in blocks with scales, as DeepSeek-V3 is published, and the rest in bfloat16.
+Dtype = Literal["fp8", "bfloat16", "float16", "float32"]
+_TYPES = {"fp8": "BF16", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FP8_NAME = re.compile(r".*\.(self_attn|mlp)\.(.*_proj|kv_a_proj_with_mqa)\.weight")
+_FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+Tell = Callable[[int, int], None]
+
+
+def _nothing(done: int, total: int) -> None:
+    pass
+
+
+# What goes with the weights from an import to an export. `SCALES` is ours: those of the FP8 blocks that were read.
+SCALES = "scales.safetensors"
+_CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# A model may read fewer positions, or leave multi-token prediction out; and this is for new weights only.
+_MAY_DIFFER = {"max_position_embeddings", "num_nextn_predict_layers", "initializer_range"}
 
 # ------------------------------------------------------------------------------------------------ loading
 
-_FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether this is a Hugging Face folder, or would be one if it were whole, and no checkpoint of ours."""
+    return (recover(folder, SUMS) / "config.json").is_file() and not (folder / "state.json").exists()
 
 
-class _Source:
-    """Tensors by their published names, in memory or in a folder of safetensors files, read a slice at a time."""
+def read_config(folder: str | Path) -> tuple[ModelConfig, Dtype]:
+    """The model that a Hugging Face folder holds, and how it stores it: the widest type of its weights.
 
-    def __init__(self, source: Mapping[str, Tensor] | str | Path) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._tensors: dict[str, tuple[Any, tuple[int, ...], int]] = {}
-        for name, tensor in (source if isinstance(source, Mapping) else _open(Path(source))).items():
-            shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
-            fused = _FUSED.fullmatch(name)
-            if not fused:
-                self.shapes[name], self._tensors[name] = shape, (tensor, (), 0)
-                continue
-            projections = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
-            rows = shape[1] // len(projections)
-            for expert in range(shape[0]):
-                for i, projection in enumerate(projections):
-                    name = f"{fused[1]}.{expert}.{projection}.weight"
-                    self.shapes[name], self._tensors[name] = (rows, shape[2]), (tensor, (expert,), i * rows)
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        tensor, leading, shift = self._tensors[name]
-        first = slice(index[0].start + shift, index[0].stop + shift)
-        return tensor[(*leading, first, *index[1:])]
+    CheckpointError where the folder is not whole, or the model not one of ours.
+    """
+    folder = recover(Path(folder), SUMS)
+    source = Source(folder)
+    try:
+        model = model_config_from_hf(_json(folder / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    return model, _stored_dtype(source)
 
 
-def _open(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no Hugging Face folder at {folder}")
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors files")
-    tensors: dict[str, Any] = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {file.name}, which its index names, is missing")
-        try:
-            handle = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from None
-        tensors |= {name: handle.get_slice(name) for name in handle.keys()}
-    return tensors
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}, which says what model it is") from None
+
+
+def _stored_dtype(source: Source) -> Dtype:
+    found = {dtype for name, dtype in source.dtypes.items() if not name.endswith("e_score_correction_bias")}
+    if "F8_E4M3" in found:
+        return "fp8"
+    narrow: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
+    return narrow.get(found.pop(), "float32") if len(found) == 1 else "float32"
 
 
 @torch.no_grad()
-def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path) -> None:
-    """Fill this process's shards from a Hugging Face state dict or a folder of safetensors files.
+def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: Tell = _nothing) -> dict[str, bytes]:
+    """Fill this process's shards from a Hugging Face state dict or a folder of safetensors files; returns, on the main
+    process, the folder's other files (configuration, tokenizer, the scales of FP8 blocks) for an export to carry.
 
     Collective, in any layout. CheckpointError, with the weights as they were, where a tensor is missing, is not one
-    of this model's, or has another shape.
+    of this model's, or has another shape, or a file is not what its checksum says; and, when some weights are loaded,
+    where a value is not finite. `tell` is called with (tensors done, tensors in all), of this process.
     """
-    model, read = trainer.model_config, _Source(source)
+    world = trainer.world
+    read = Source(source if isinstance(source, Mapping) else recover(Path(source), SUMS))
+    if read.folder is not None and (read.folder / "config.json").is_file():
+        _check_config(trainer.model_config, read.folder)
+    tiles = _tiles(trainer, read)
+    if read.folder is not None:
+        sums = sorted(checksums(read.folder).items())
+        _agree(damaged(read.folder, dict(sums[world.rank :: world.size])))
+    views = [(shard.key, tuple(shard.global_offset), shard.data.view(data_shape(shard))) for shard in _shards(trainer)]
+    jobs = [
+        (read.place(part.name), part, view, both)
+        for key, offset, view in views
+        for part in tiles[key]
+        if not part.copy and (both := _overlap(part, offset, tuple(view.shape)))
+    ]
+    problem = None
+    try:
+        for number, (_, part, view, (here, there)) in enumerate(sorted(jobs, key=lambda job: job[0])):
+            tell(number, len(jobs))
+            target = view[here]
+            read.copy_to(target.T if part.transposed else target, part.name, _turned(part, there))
+    except CheckpointError as error:
+        problem = str(error)
+    _agree(problem)
+    if trainer.optimizer is not None:
+        trainer.optimizer.reload_model_params()
+    forget_quantized(trainer.chunks)
+    return _carried(read) if world.is_main and read.folder is not None else {}
+
+
+def _check_config(model: ModelConfig, folder: Path) -> None:
+    """CheckpointError where the folder's weights are of a model that computes something else."""
+    theirs = hf_config(read_config(folder)[0])
+    for name, value in hf_config(model).items():
+        if name not in _MAY_DIFFER and theirs.get(name) != value:
+            raise CheckpointError(f"{folder / 'config.json'} has {name} = {theirs.get(name)}, this model has {value}")
+
+
+def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
+    """{our tensor: the Hugging Face tensors in it}; CheckpointError where these are not the ones of the checkpoint."""
+    model = trainer.model_config
     tiles = {key: parts(model, key, shape) for key, (shape, _) in _catalogue(trainer).items()}
     for part in (part for found in tiles.values() for part in found if not part.copy):
         if part.name not in read.shapes:
@@ -106,14 +179,7 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path) -> None
     for name in sorted(read.shapes.keys() - known):
         if not _may_be_left_out(model, name, read.shapes):
             raise CheckpointError(f"the Hugging Face checkpoint has a tensor {name}, for which this model has no place")
-    for shard in _shards(trainer):
-        view = shard.data.view(data_shape(shard))
-        for part in tiles[shard.key]:
-            if not part.copy:
-                _fill(view, shard.global_offset, part, read)
-    if trainer.optimizer is not None:
-        trainer.optimizer.reload_model_params()
-    forget_quantized(trainer.chunks)
+    return tiles
 
 
 def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) -> bool:
@@ -124,25 +190,49 @@ def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) ->
     return layer is not None and int(layer[1]) >= model.num_layers and f"{layer[0]}eh_proj.weight" in names
 
 
-def _fill(view: Tensor, offset: tuple[int, ...], part: Part, source: _Source) -> None:
-    """Copy what lies in this shard (`view`, at `offset` of the whole tensor) out of one Hugging Face tensor."""
+def _agree(problem: str | None) -> None:
+    """CheckpointError on every process for what the first of them found. Collective."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found:
+            raise CheckpointError(found)
+
+
+def _overlap(
+    part: Part, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int | slice, ...], tuple[slice, ...]] | None:
+    """Where the part and a shard (of `shape`, at `offset` of the whole tensor) meet: (index in the shard, index in
+    the part, its axes as in ours); None where they do not."""
     here: list[int | slice] = []
     there: list[slice] = []
-    for place, start, size in zip(part.place, offset, view.shape, strict=True):
-        if isinstance(place, int):
-            low, high = place, place + 1
-        else:
-            low, high = place.start, place.stop
+    for place, start, size in zip(part.place, offset, shape, strict=True):
+        low, high = (place, place + 1) if isinstance(place, int) else (place.start, place.stop)
         first, last = max(low, start), min(high, start + size)
         if first >= last:
-            return
+            return None
         if isinstance(place, int):
             here.append(place - start)
         else:
             here.append(slice(first - start, last - start))
             there.append(slice(first - low, last - low))
-    piece = source.read(part.name, tuple(reversed(there)) if part.transposed else tuple(there))
-    view[tuple(here)] = (piece.T if part.transposed else piece).to(view.device, view.dtype)
+    return tuple(here), tuple(there)
+
+
+def _turned(part: Part, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    return tuple(reversed(index)) if part.transposed else index
+
+
+def _carried(read: Source) -> dict[str, bytes]:
+    assert read.folder is not None
+    files = {name: (read.folder / name).read_bytes() for name in _CARRIED if (read.folder / name).is_file()}
+    dtype = _stored_dtype(read)
+    config = {k: v for k, v in json.loads(files.get("config.json", b"{}")).items() if k not in ("dtype", "auto_map")}
+    config["torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype  # of the tensors, whatever the file said
+    files["config.json"] = json.dumps(config).encode()
+    if dtype == "fp8":
+        files[SCALES] = read.scales()
+    return files
 
 
 # ------------------------------------------------------------------------------------------------ gathering, export
@@ -176,107 +266,148 @@ def _catalogue(trainer: Trainer) -> dict[str, tuple[tuple[int, ...], list]]:
 
 
 @torch.no_grad()
-def gathered(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors whole and on the CPU, one at a time, on the main process; nothing on the others.
-
-    Collective: every process runs it to its end.
-    """
+def gathered(trainer: Trainer, parts_of: Callable[[str, tuple[int, ...]], list[Part]]) -> Iterator[tuple[Part, Tensor]]:
+    """The parts of our tensors (by name and whole shape), whole, one at a time, on the main process's device; nothing
+    on the others. Collective: every process runs it to its end."""
     rank, device = trainer.world.rank, trainer.world.device
     mine = {(t.key, tuple(t.global_offset)): t for t in _shards(trainer) if is_main_replica(t.replica_id)}
     for key, (shape, slices) in _catalogue(trainer).items():
-        whole = torch.empty(shape, dtype=slices[0][-1]) if trainer.world.is_main else None
-        for owner, offset, size, dtype in slices:
-            data = mine[key, offset].data.detach().contiguous() if owner == rank else None
-            if whole is None:
-                if data is not None:
-                    dist.send(data, dst=0)
-                continue
-            if data is None:
-                data = torch.empty(size, dtype=dtype, device=device)
-                dist.recv(data, src=owner)
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))] = data.view(size).cpu()
-        if whole is not None:
-            yield key, whole
+        for part in parts_of(key, shape):
+            whole = torch.empty(part.shape, dtype=slices[0][-1], device=device) if trainer.world.is_main else None
+            for owner, offset, size, dtype in slices:
+                both = _overlap(part, offset, size)
+                if both is None:
+                    continue
+                here, there = both
+                data = mine[key, offset].data.detach().view(size)[here].contiguous() if owner == rank else None
+                if whole is None:
+                    if data is not None:
+                        dist.send(data, dst=0)
+                    continue
+                if data is None:
+                    data = torch.empty([s.stop - s.start for s in there], dtype=dtype, device=device)
+                    dist.recv(data, src=owner)
+                whole[_turned(part, there)] = data.T if part.transposed else data
+            if whole is not None:
+                yield part, whole
 
 
-def whole(trainer: Trainer) -> dict[str, Tensor]:
-    """All of our tensors by name, whole and on the CPU, on the main process; empty on the others. Collective."""
-    return dict(gathered(trainer))
+def export_hf(
+    trainer: Trainer,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: Dtype | None = None,
+    carried: Mapping[str, bytes] | None = None,
+    tell: Tell = _nothing,
+) -> None:
+    """Write a folder that transformers and vLLM load: configurations, safetensors in published names, the tokenizer
+    (a `carried` one, or anything with `save`, `decode`, `bos_id`, `eos_id`, `pad_id`) and SHA256SUMS. Collective.
 
-
-def export_hf(trainer: Trainer, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a folder that transformers and vLLM load: config, generation config, safetensors in published names, and
-    the tokenizer (anything with `save`, `decode`, `bos_id`, `eos_id`, `pad_id`) where one is given. Collective.
-
-    The folder takes its name when it is whole. An earlier export is replaced; ValueError where it holds other things.
+    `dtype` None is that of the checkpoint that was read (`carried`, of the main process), else the model's own. In
+    fp8 a block that is what was read leaves with the scale it came with, bit for bit. The folder takes its name when
+    it is whole; an earlier export is replaced. `tell` is called with (tensors done, tensors in all). CheckpointError,
+    on every process, where the folder holds other things or cannot be written.
     """
-    folder = Path(folder)
-    partial, model = folder.with_name(folder.name + ".partial"), trainer.model_config
-    config = hf_config(model) | {"torch_dtype": trainer.parallel.dtype}
-    # Every process must come to the same answer before the main one changes what they see.
-    usable = [not folder.exists() or (folder / "config.json").is_file()]
-    dist.broadcast_object_list(usable, src=0)
-    if not usable[0]:
-        raise ValueError(f"folder = {folder} exists and is not an earlier export; wanted a new name")
-    if trainer.world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    names: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = waiting = 0
-
-    def write() -> None:
-        save_file(pending, partial / f"{len(names)}.safetensors", metadata={"format": "pt"})
-        names.append(list(pending))
-        pending.clear()
-
-    for key, tensor in gathered(trainer):
-        for part in parts(model, key, tuple(tensor.shape)):
-            piece = tensor[part.place]
-            piece = (piece.T if part.transposed else piece).clone(memory_format=torch.contiguous_format)
-            if pending and waiting + piece.nbytes > BYTES_PER_FILE:
-                write()
-                waiting = 0
-            pending[part.name] = piece
-            waiting, total = waiting + piece.nbytes, total + piece.nbytes
-    if trainer.world.is_main:
-        write()
-        _name_files(partial, names, total)
-        _write_configs(partial, config, tokenizer)
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-
-
-def _name_files(folder: Path, names: list[list[str]], total: int) -> None:
-    """model.safetensors, or model-00001-of-0000N.safetensors and the index of what is where."""
-    if len(names) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    index: dict[str, str] = {}
-    for i, held in enumerate(names):
-        name = f"model-{i + 1:05}-of-{len(names):05}.safetensors"
-        (folder / f"{i}.safetensors").rename(folder / name)
-        index |= dict.fromkeys(held, name)
-    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    folder, carried = Path(folder), carried or {}
+    config = json.loads(carried.get("config.json", b"{}"))
+    if dtype is None:
+        dtype = "fp8" if SCALES in carried else config.get("torch_dtype", trainer.parallel.dtype)
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype = {dtype!r}, wanted one of {', '.join(get_args(Dtype))}")
+    model, main = trainer.model_config, trainer.world.is_main
+    config = _config(model, config, dtype)
+    problem, writer = None, None
+    plan = [  # of the whole model, on every process
+        _planned(part, dtype) for key, (shape, _) in _catalogue(trainer).items() for part in parts(model, key, shape)
+    ]
+    if main:
+        # The others must not wait for one that has failed: what goes wrong here is told at the end.
+        recover(folder, SUMS)
+        try:
+            writer = FolderWriter(begin(folder, "config.json"), plan)
+        except (OSError, CheckpointError) as error:
+            problem = _told(folder, error)
+    done = 0
+    scales = load(carried[SCALES]) if SCALES in carried and dtype == "fp8" else {}
+    for part, tensor in gathered(trainer, lambda key, shape: parts(model, key, shape)):
+        if writer is not None and problem is None:
+            try:
+                for planned, value in zip(_planned(part, dtype), _stored(part, tensor, dtype, scales)):
+                    writer.write(planned.name, value)
+            except OSError as error:
+                problem = _told(folder, error)
+        done += 1
+        tell(done, len(plan))
+    if writer is not None and problem is None:
+        try:
+            writer.finish()
+            _write_others(writer.folder, config, tokenizer, carried)
+            write_sums(writer.folder)
+            publish(folder)
+        except OSError as error:
+            problem = _told(folder, error)
+    if problem is not None:
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
+    _agree(problem)
 
 
-def _write_configs(folder: Path, config: dict[str, Any], tokenizer: Any) -> None:
+def _told(folder: Path, error: Exception) -> str:
+    return unwritten(folder, error) if isinstance(error, OSError) else str(error)
+
+
+def _planned(part: Part, dtype: Dtype) -> list[Planned]:
+    if dtype == "fp8" and _FP8_NAME.fullmatch(part.name):
+        blocks = tuple(-(-size // BLOCK) for size in part.shape)
+        return [Planned(part.name, "F8_E4M3", part.shape), Planned(part.name + SCALE, "F32", blocks)]
+    kept = part.name.endswith("e_score_correction_bias")  # float32 in every published checkpoint
+    return [Planned(part.name, "F32" if kept else _TYPES[dtype], part.shape)]
+
+
+def _stored(part: Part, tensor: Tensor, dtype: Dtype, scales: Mapping[str, Tensor]) -> list[Tensor]:
+    planned = _planned(part, dtype)
+    if len(planned) == 1:
+        return [tensor.to(TYPES[planned[0].dtype])]
+    q, scale = quantize_128x128(tensor)
+    before = scales.get(planned[1].name)
+    if before is None or before.shape != scale.shape:
+        return [q, scale]
+    before = before.to(scale.device)
+    rows, columns = (torch.arange(n, device=scale.device) // BLOCK for n in tensor.shape)
+    q_before = (tensor.float() / before[rows][:, columns]).to(q.dtype)
+    differs = dequantize(q_before, before, (BLOCK, BLOCK), tensor.dtype) != tensor
+    padded = torch.nn.functional.pad(differs, (0, -len(columns) % BLOCK, 0, -len(rows) % BLOCK))
+    changed = padded.view(scale.shape[0], BLOCK, scale.shape[1], BLOCK).any(3).any(1)
+    q = torch.where(changed[rows][:, columns], q.view(torch.uint8), q_before.view(torch.uint8)).view(q.dtype)
+    return [q, torch.where(changed, scale, before)]
+
+
+def _config(model: ModelConfig, carried: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """config.json: the one that was read, where it still says what the model is."""
+    config = hf_config(model)
+    if carried and hf_config(model_config_from_hf(carried)) == config:
+        config = dict(carried)
+    config.pop("quantization_config", None)
+    if dtype == "fp8":
+        config["quantization_config"] = _FP8_CONFIG
+    return config | {"torch_dtype": "bfloat16" if dtype == "fp8" else dtype}
+
+
+def _write_others(folder: Path, config: dict[str, Any], tokenizer: Any, carried: Mapping[str, bytes]) -> None:
+    """config.json, and what transformers wants to generate text: as it was read, or of our tokenizer."""
+    for name in _CARRIED:
+        if name in carried and name != "config.json":
+            (folder / name).write_bytes(carried[name])
     # Explicit nulls where there is no tokenizer: transformers' defaults would name some other model's tokens.
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     token_ids = {f"{name}_token_id": value for name, value in ids.items()}
-    _write(folder / "config.json", config | token_ids)
-    _write(folder / "generation_config.json", token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
-    if tokenizer is not None:
+    write_json(folder / "config.json", token_ids | config)
+    if "generation_config.json" not in carried:
+        write_json(
+            folder / "generation_config.json", token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+        )
+    if tokenizer is not None and "tokenizer.json" not in carried:
         tokenizer.save(folder / "tokenizer.json")
         special = {f"{name}_token": tokenizer.decode([value]) for name, value in ids.items() if value is not None}
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
-        _write(folder / "tokenizer_config.json", kind | special)
-
-
-def _write(path: Path, contents: dict[str, Any]) -> None:
-    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", kind | special)

@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from r1.engine.errors import UserError
-from r1.engine.generate import find_above, find_checkpoint, open_checkpoint
+from r1.engine.generate import find_checkpoint, find_tokenizer, open_checkpoint
 from r1.engine.logs import is_main_process, say
 from r1.engine.scheduler import Scheduler
 from r1.engine.serve.app import Api
@@ -85,7 +85,7 @@ def serve(
     with _signals(worker, stop_timeout):
         if listener is None:
             return worker.run()
-        template = ChatTemplate(tokenizer, find_above(folder, "tokenizer.json").parent)
+        template = ChatTemplate(tokenizer, find_tokenizer(folder))
         room = int(worker.statistics["pages_total"] * worker.statistics["page_tokens"])
         max_length = min(engine.model_config.max_positions, room)
         reader = Reader(model_name(folder), tokenizer, template, max_length, engine.vocab_size)

@@ -33,8 +33,7 @@ def run(config: Config) -> None:
             lr = now.optimizer.lr_at(step, steps)
             with stage.timer.phase("train"):
                 metrics = engine.reward_step(batch, lr=lr, tokens_per_micro_batch=now.tokens_per_micro_batch)
-            stage.log.append(step, {**metrics, "lr": lr})
-            stage.last_step = step
+            stage.record(step, {**metrics, "lr": lr})
             progress.update(step + 1, {"loss": metrics["loss"], "accuracy": metrics["accuracy"]})
             stage.save(engine, step + 1)
     stage.save(engine, steps, force=True)

@@ -322,8 +322,9 @@ def save_and_be_killed(folder: str, moving: str) -> None:
     checkpoint.save(trainer, folder, {"step": 2})
 
 
-@pytest.mark.parametrize("moving", ["checkpoint", "checkpoint.partial"])
-def test_a_save_that_was_killed_leaves_the_old_checkpoint(moving: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moving", "step"), [("checkpoint", 1), ("checkpoint.partial", 2)])
+def test_a_save_that_was_killed_leaves_a_whole_checkpoint(moving: str, step: int, tmp_path: Path) -> None:
+    """The old one, or between the two renames the new one, which is whole by then."""
     folder = tmp_path / "checkpoint"
     pool = ProcessPool(1)
     try:
@@ -333,7 +334,7 @@ def test_a_save_that_was_killed_leaves_the_old_checkpoint(moving: str, tmp_path:
         pool.kill()
     assert folder.exists() == (moving == "checkpoint"), "it was killed where it was meant to be"
     trainer = _trainer("llama", {}, 2)
-    assert checkpoint.load(trainer, folder, optimizer=True)["step"] == 1
+    assert checkpoint.load(trainer, folder, optimizer=True)["step"] == step
     checkpoint.save(trainer, folder, {"step": 3})
     assert json.loads((folder / "state.json").read_text())["step"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"], "nothing is left lying about"

@@ -19,11 +19,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
-from r1.parallel import convert
-from r1.parallel.checkpoint import CheckpointError
+from r1.parallel import hf_writer
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.convert import export_hf, hf_config, load_hf, model_config_from_hf, whole
+from r1.parallel.convert import export_hf, gathered, hf_config, load_hf, model_config_from_hf
 from r1.parallel.decode import Chunk, Decoder
+from r1.parallel.folders import CheckpointError
+from r1.parallel.huggingface import Part
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import join
@@ -148,6 +149,12 @@ def our_model(config: Any, parallel: ParallelConfig | None = None, **options: An
     return Trainer(settings, parallel, join(parallel), seed=1, **options)
 
 
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Our tensors whole, on the main process; nothing on the others. Collective."""
+    everything = lambda key, shape: [Part(key, tuple(slice(0, n) for n in shape))]
+    return {part.name: tensor for part, tensor in gathered(trainer, everything)}
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.shape == theirs.shape
     assert float(theirs.std()) > 0.3, "logits this small would prove nothing"
@@ -220,7 +227,7 @@ def test_multi_token_prediction(seed: int, tmp_path: Path, monkeypatch: pytest.M
     for name, buffer in trainer.chunks[0].named_buffers():
         if name.endswith("expert_bias"):
             buffer.normal_(0.0, 0.3, generator=generator)
-    monkeypatch.setattr(convert, "BYTES_PER_FILE", 60_000)
+    monkeypatch.setattr(hf_writer, "BYTES_PER_FILE", 60_000)
     export_hf(trainer, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3

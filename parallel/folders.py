@@ -1,0 +1,85 @@
+"""Folders that are there whole or not at all: written beside their name, renamed when their last file is in place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or of another model, or cannot be written; one sentence."""
+
+
+def partial_of(folder: Path) -> Path:
+    """Where `folder` is written."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def begin(folder: Path, sign: str) -> Path:
+    """An empty `partial_of(folder)`. CheckpointError where it cannot be written, or `folder` holds other things: what
+    may be replaced has a file `sign`."""
+    partial = partial_of(folder)
+    if folder.exists() and not (folder / sign).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and has no {sign}: it is not what would be replaced; wanted a new name")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(unwritten(folder, error)) from None
+    return partial
+
+
+def publish(folder: Path, keep: Path | None = None) -> None:
+    """Give what was written its name. What had the name before is deleted, or renamed to `keep`."""
+    old = keep or folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial_of(folder).rename(folder)
+    except FileNotFoundError:
+        if not folder.exists():  # else a reader, who came between, has done it
+            raise
+    _sync(folder.parent)
+    if keep is None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path, last_file: str) -> Path:
+    """Do what a `publish` that was killed between its two renames left undone; returns the folder. `last_file` is
+    the one that says that what was written is whole."""
+    if not folder.exists():
+        for left in (partial_of(folder), folder.with_name(folder.name + ".old")):
+            if (left / last_file).is_file():
+                try:
+                    left.rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another process did it
+                        raise
+                break
+    return folder
+
+
+def unwritten(folder: Path, error: object) -> str:
+    """The sentence for a folder that could not be written, and what is left of the one before."""
+    before = f"; the one before it, {folder}, is whole" if folder.exists() else ""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"{folder} could not be written: {reason}{before}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """The text is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A rename outlives a power cut only when the folder around it is on the disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
