@@ -25,6 +25,7 @@ SETTINGS = [
     "stages.r1_zero.max_tokens_per_rollout=5",
     "stages.r1_zero.max_completion_tokens=12",
     "stages.r1_zero.importance_cap=2.0",
+    "stages.r1_zero.save_in_background=false",  # so that what was saved when it is interrupted is known
 ]
 
 
