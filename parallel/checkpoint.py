@@ -38,7 +38,7 @@ from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
 
 MANIFEST = "manifest.json"
-SPARE_BYTES = 16 << 20  # beside the tensors: metadata, state
+SPARE_BYTES = 4 << 20  # beside the tensors: metadata, state
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
@@ -117,11 +117,8 @@ class Writing:
             try:
                 shards = folders.begin(self.folder, "state.json") / "shards"
                 shards.mkdir()
-                write_text(shards / "probe", " " * (1 << 20))  # quotas and read-only disks say so now
-                (shards / "probe").unlink()
-                wanted, free = sum(counts) + SPARE_BYTES, shutil.disk_usage(shards).free
-                if free < wanted:
-                    problem = f"it wants {wanted / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free"
+                folders.probe(shards)
+                if problem := folders.missing_room(sum(counts) + SPARE_BYTES, shards):
                     problem = unwritten(self.folder, problem)
             except OSError as error:
                 problem = unwritten(self.folder, error)
@@ -219,6 +216,10 @@ def _write_shards(transforms: list[Any], buckets: list[Any], pipe: Connection) -
         _, results[number] = answers.get()
         if isinstance(results[number], Exception):
             error = results[number]
+            try:
+                folders.probe(Path(bucket[0]).parent)  # torch's writer does not say that a disk is full
+            except OSError as reason:
+                error = reason
             break
         path = Path(bucket[0])
         sums[f"shards/{path.name}"] = [path.stat().st_size, _crc(path)]

@@ -133,6 +133,7 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: T
     if read.folder is not None:
         sums = sorted(checksums(read.folder).items())
         _agree(damaged(read.folder, dict(sums[world.rank :: world.size])))
+    _agree(_unlike_copy(tiles, read) if world.is_main else None)
     views = [(shard.key, tuple(shard.global_offset), shard.data.view(data_shape(shard))) for shard in _shards(trainer)]
     jobs = [
         (read.place(part.name), part, view, both)
@@ -157,10 +158,12 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: T
 
 def _check_config(model: ModelConfig, folder: Path) -> None:
     """CheckpointError where the folder's weights are of a model that computes something else."""
-    theirs = hf_config(read_config(folder)[0])
-    for name, value in hf_config(model).items():
-        if name not in _MAY_DIFFER and theirs.get(name) != value:
-            raise CheckpointError(f"{folder / 'config.json'} has {name} = {theirs.get(name)}, this model has {value}")
+    theirs, ours = hf_config(read_config(folder)[0]), hf_config(model)
+    for name in sorted((theirs.keys() | ours.keys()) - _MAY_DIFFER):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{folder / 'config.json'} has {name} = {theirs.get(name)}, this model has {ours.get(name)}"
+            )
 
 
 def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
@@ -180,6 +183,14 @@ def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
         if not _may_be_left_out(model, name, read.shapes):
             raise CheckpointError(f"the Hugging Face checkpoint has a tensor {name}, for which this model has no place")
     return tiles
+
+
+def _unlike_copy(tiles: dict[str, list[Part]], read: Source) -> str | None:
+    for original, *others in tiles.values():
+        for part in others:
+            if part.copy and part.name in read.shapes and not read.same(part.name, original.name):
+                return f"{part.name} is not the same as {original.name}: this model keeps one of them for both"
+    return None
 
 
 def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) -> bool:
@@ -326,8 +337,10 @@ def export_hf(
         recover(folder, SUMS)
         try:
             writer = FolderWriter(begin(folder, "config.json"), plan)
-        except (OSError, CheckpointError) as error:
-            problem = _told(folder, error)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = unwritten(folder, error)
     done = 0
     scales = load(carried[SCALES]) if SCALES in carried and dtype == "fp8" else {}
     for part, tensor in gathered(trainer, lambda key, shape: parts(model, key, shape)):
@@ -336,7 +349,7 @@ def export_hf(
                 for planned, value in zip(_planned(part, dtype), _stored(part, tensor, dtype, scales)):
                     writer.write(planned.name, value)
             except OSError as error:
-                problem = _told(folder, error)
+                problem = unwritten(folder, error)
         done += 1
         tell(done, len(plan))
     if writer is not None and problem is None:
@@ -346,14 +359,10 @@ def export_hf(
             write_sums(writer.folder)
             publish(folder)
         except OSError as error:
-            problem = _told(folder, error)
+            problem = unwritten(folder, error)
     if problem is not None:
         shutil.rmtree(partial_of(folder), ignore_errors=True)
     _agree(problem)
-
-
-def _told(folder: Path, error: Exception) -> str:
-    return unwritten(folder, error) if isinstance(error, OSError) else str(error)
 
 
 def _planned(part: Part, dtype: Dtype) -> list[Planned]:

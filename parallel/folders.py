@@ -68,6 +68,24 @@ def unwritten(folder: Path, error: object) -> str:
     return f"{folder} could not be written: {reason}{before}"
 
 
+def missing_room(wanted: int, folder: Path) -> str | None:
+    """What to say where the disk under `folder` has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free >= wanted:
+        return None
+    unit, name = (1e9, "GB") if wanted >= 1e9 else (1e6, "MB")
+    return f"it wants {wanted / unit:,.1f} {name} and its disk has {free / unit:,.1f} {name} free"
+
+
+def probe(folder: Path) -> None:
+    """OSError where the disk takes nothing: it is full, over a quota or read-only."""
+    path = folder / "probe"
+    try:
+        write_text(path, " " * (1 << 20))
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """The text is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ class Source:
             if not torch.isfinite(band).all():
                 raise CheckpointError(f"the Hugging Face checkpoint is damaged: {name} has values that are not finite")
             target[start - index[0].start : stop - index[0].start].copy_(band)
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape have the same values."""
+        rows, *rest = self.shapes[name]
+        step = max(1, BAND_BYTES // (4 * max(1, prod(rest))))
+        for start in range(0, rows, step):
+            index = (slice(start, min(start + step, rows)), *(slice(0, size) for size in rest))
+            if not torch.equal(self._band(name, index).clone(), self._band(other, index)):
+                return False
+        return True
 
     def scales(self) -> bytes:
         """All scales of FP8 weights, as a safetensors file's contents; b"" where there are none."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from r1.parallel.folders import CheckpointError, write_text
+from r1.parallel.folders import missing_room, write_text
 from r1.parallel.hf_reader import INDEX, SUMS, TYPES, sha256
 
 BYTES_PER_FILE = 5 << 30
@@ -37,7 +36,7 @@ class Planned(NamedTuple):
 
 class FolderWriter:
     """Writes the planned tensors, in any order, best in that of `groups`. Tensors of a group (a weight and its scales)
-    lie in one file. CheckpointError, naming what is wanted and what is free, where the disk has no room for them."""
+    lie in one file. OSError, naming what is wanted and what is free, where the disk has no room for them."""
 
     def __init__(self, folder: Path, groups: Iterable[Sequence[Planned]]) -> None:
         self.folder = folder
@@ -50,9 +49,8 @@ class FolderWriter:
                 size = 0
             files[-1] += group
             size, self.total = size + wanted, self.total + wanted
-        free = shutil.disk_usage(folder).free
-        if free < self.total:
-            raise CheckpointError(f"{folder} wants {self.total / 1e9:.1f} GB; its disk has {free / 1e9:.1f} GB free")
+        if problem := missing_room(self.total, folder):
+            raise OSError(problem)
         self._places: dict[str, tuple[str, int, Planned]] = {}
         for i, tensors in enumerate(files):
             name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"

@@ -30,11 +30,7 @@ class ProcessPool:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
         """[function(*args) on rank 0, on rank 1, …]; RuntimeError with the traceback where one of them failed."""
-        if not self.processes:
-            self._start()
-        message = pickle.dumps((function, args))
-        for pipe in self.pipes:
-            pipe.send_bytes(message)
+        self.send(function, *args)
         results, errors = {}, {}
         deadline = time.monotonic() + timeout
         waiting = dict(zip(self.pipes, range(self.size), strict=True))
@@ -58,6 +54,14 @@ class ProcessPool:
             texts += [f"rank {rank}: no answer in time" for rank in sorted(waiting.values())]
             raise RuntimeError("\n".join(texts))
         return [results[rank] for rank in range(self.size)]
+
+    def send(self, function: Callable[..., Any], *args: Any) -> None:
+        """Let every process begin function(*args)."""
+        if not self.processes:
+            self._start()
+        message = pickle.dumps((function, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(message)
 
     def kill(self) -> None:
         """End every process, by its id."""
