@@ -73,7 +73,8 @@ class Engine:
 
     The world is torchrun's, or one process without it. `model` and `optimizer` stand in for those of the config
     (a student, a stage's own settings). With `train=False` there is no optimiser state. `vocab_size` is the
-    tokenizer's: rows of the head above it are never sampled nor counted. Raises UserError where the layout does not
+    tokenizer's: rows of the head above it are never sampled nor counted. Without `random_weights` they are whatever
+    memory held, until `load`. Raises UserError where the layout does not
     fit the world or the model.
     """
 
@@ -87,6 +88,7 @@ class Engine:
         value_head: bool = False,
         vocab_size: int | None = None,
         seed: int | None = None,
+        random_weights: bool = True,
     ) -> None:
         self.config = config
         self.model_config = model or config.model
@@ -118,7 +120,7 @@ class Engine:
             self.model_config,
             parallel,
             self.world,
-            seed=self.seed,
+            seed=self.seed if random_weights else None,
             adam=adam if train else None,
             value_head=value_head,
         )
@@ -137,7 +139,7 @@ class Engine:
         model, dtype, value_head = stored_model(path)
         if config is None:
             config = Config.model_construct(model=model, parallel=parallel_config(dtype=dtype))
-        engine = cls(config, model=model, **{"value_head": value_head, **options})
+        engine = cls(config, model=model, **{"value_head": value_head, "random_weights": False, **options})
         engine.load(path)
         return engine
 
@@ -266,7 +268,7 @@ class Engine:
     def update_reference(self) -> None:
         """Make the reference model what the policy is now."""
         if self.reference is None:
-            self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=self.seed)
+            self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=None)
         checkpoint.copy_weights(self.policy, self.reference)
 
     # ------------------------------------------------------------------------------------------------ keeping
@@ -288,7 +290,9 @@ class Engine:
         """
         self.finish_save()
         reference = self.reference if optimizer else None
-        self._writing = checkpoint.Writing(self.policy, path, state or {}, optimizer, reference, self.carried, keep)
+        self._writing = checkpoint.Writing(
+            self.policy, path, state or {}, optimizer, reference, self.carried, keep, background
+        )
         if not background:
             self.finish_save()
 
@@ -309,7 +313,7 @@ class Engine:
             return {}
         if optimizer and checkpoint.read_state(path).get("reference"):
             if self.reference is None:
-                self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=self.seed)
+                self.reference = Trainer(self.model_config, self.policy.parallel, self.world, seed=None)
         state = checkpoint.load(self.policy, path, optimizer=optimizer, reference=self.reference if optimizer else None)
         self.carried = checkpoint.read_files(path) if self.world.is_main else {}
         return state

@@ -12,7 +12,7 @@ from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Engine, stored_model
 from r1.engine.errors import UserError
 from r1.engine.generate import find_checkpoint, find_tokenizer
-from r1.engine.logs import say
+from r1.engine.logs import say, write_json
 from r1.parallel.convert import Dtype
 from r1.parallel.world import world_size
 
@@ -69,6 +69,7 @@ def _hugging_face(source: Path) -> Iterator[Path]:
     if world_size() > 1:
         raise UserError(f"{source}: a .gguf file is read by one process; start r1 import without torchrun")
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="r1-gguf-") as folder:
@@ -79,6 +80,11 @@ def _hugging_face(source: Path) -> Iterator[Path]:
             raise UserError(f"{source}: {str(error).strip().splitlines()[0]} (pip install -e '.[gguf]')") from None
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise UserError(f"{source} cannot be read: {type(error).__name__}: {error}") from None
-        model.save_pretrained(folder)
+        # Not save_pretrained: transformers refuses what was read from a .gguf file, though it is plain by now.
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        write_json(Path(folder) / "config.json", config)
         tokenizer.save_pretrained(folder)
         yield Path(folder)

@@ -66,7 +66,7 @@ def _load_weights(engine: Engine, path: Path) -> None:
     """Weights alone. A reward model may start from a language model: it takes the body and keeps its own new head."""
     policy = engine.policy
     if policy.value_head and (is_hugging_face(path) or not checkpoint.read_state(path).get("value_head")):
-        donor = Engine(engine.config, model=engine.model_config, train=False, vocab_size=engine.vocab_size)
+        donor = Engine(engine.config, model=engine.model_config, train=False, random_weights=False)
         donor.load(path)
         for ours, theirs in zip(policy.chunks, donor.policy.chunks, strict=True):
             kept = ours.state_dict().keys()
@@ -164,6 +164,7 @@ class StageRun:
             value_head=value_head,
             vocab_size=tokenizer.vocab_size,
             seed=seed_of(self.config, self.name) % 2**31,
+            random_weights=not resumes and (path is None or value_head),
         )
         state: dict[str, Any] = {"step": 0}
         if resumes:

@@ -56,14 +56,15 @@ def save(
     Collective: every process calls it with the same arguments. A process killed in the middle leaves the old one.
     CheckpointError, on every process, where the folder cannot be written; the old one is whole then too.
     """
-    Writing(trainer, folder, state, optimizer, reference, files).finish()
+    Writing(trainer, folder, state, optimizer, reference, files, background=False).finish()
 
 
 class Writing:
     """A checkpoint that is being written while training goes on: made, it has the state of that moment.
 
-    A process of its own, forked, writes the shards from host memory (a GPU's tensors are copied there first). Everyone
-    then calls `finish`, best when `done` says so. Arguments as `save`; what had the name before is renamed to `keep`.
+    In the `background` a process of its own, forked, writes the shards from host memory (a GPU's tensors are copied
+    there first). Everyone then calls `finish`, best when `done` says so. Other arguments as `save`; what had the name
+    before is renamed to `keep`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Writing:
         reference: Trainer | None = None,
         files: Mapping[str, bytes] | None = None,
         keep: Path | None = None,
+        background: bool = True,
     ) -> None:
         self.folder, self.keep, self._world = Path(folder), keep, trainer.world
         trainer.gather_weights()
@@ -104,7 +106,10 @@ class Writing:
         self._request = dist_checkpointing.save(
             tensors, str(partial_of(self.folder) / "shards"), sharded_strategy=strategy, async_sharded_save=True
         )
-        self._start()
+        self._process: Any = None
+        self._written: _Written = ({}, {}, None)
+        if self._request.async_fn is not None:  # this process has something to write
+            self._start(background)
         if "optimizer" in tensors:
             trainer.optimizer.to_host()
 
@@ -126,15 +131,14 @@ class Writing:
                 problem = str(error)
         self._agree(problem)
 
-    def _start(self) -> None:
-        self._process: Any = None
-        if self._request.async_fn is None:
+    def _start(self, background: bool) -> None:
+        transforms, buckets = self._request.async_fn.args[0], self._request.preload_fn()
+        if not background:
+            self._written = _write_shards(transforms, buckets)
             return
-        buckets = self._request.preload_fn()
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        transforms = self._request.async_fn.args[0]
-        self._process = context.Process(target=_write_shards, args=(transforms, buckets, theirs), daemon=True)
+        self._process = context.Process(target=_write_and_tell, args=(transforms, buckets, theirs), daemon=True)
         self._process.start()
         theirs.close()
         for _, _, (plain, tensors) in self._request.async_fn_args[1]:  # the process has its own by now
@@ -150,18 +154,18 @@ class Writing:
 
     def finish(self) -> None:
         """Wait for the shards and give the folder its name. Collective; raises as `save`."""
-        results, sums, problem = {}, {}, None
         if self._process is not None:
             try:
-                results, sums, error = self._pipe.recv()
-                problem = unwritten(self.folder, error) if error is not None else None
+                self._written = self._pipe.recv()
             except EOFError:
                 self._process.join()
                 how = f"the process that wrote it ended ({self._process.exitcode}); is the host's memory full?"
-                problem = unwritten(self.folder, how)
+                self._written = ({}, {}, how)
             self._process.join()
             self._pipe.close()
-            self._results.put(results)
+        results, sums, error = self._written
+        problem = None if error is None else unwritten(self.folder, error)
+        self._results.put(results)
         self._agree(problem)
         try:
             for finalize in self._request.finalize_fns:
@@ -201,10 +205,18 @@ class Writing:
                 raise CheckpointError(found if self._world.size == 1 else f"rank {rank}: {found}")
 
 
-def _write_shards(transforms: list[Any], buckets: list[Any], pipe: Connection) -> None:
-    """What the forked process does: (Megatron's results, {file: [bytes, CRC-32]}, an error or None) into the pipe."""
+# Megatron's results, {file: [bytes, CRC-32]}, what went wrong
+_Written = tuple[dict[int, Any], dict[str, list[int]], Exception | str | None]
+
+
+def _write_and_tell(transforms: list[Any], buckets: list[Any], pipe: Connection) -> None:
+    """What the forked process does."""
     # The checkpoint of a process that was killed is nobody's: another run may be writing there.
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    pipe.send(_write_shards(transforms, buckets))
+
+
+def _write_shards(transforms: list[Any], buckets: list[Any]) -> _Written:
     results: dict[int, Any] = {}
     sums: dict[str, list[int]] = {}
     error = None
@@ -213,7 +225,7 @@ def _write_shards(transforms: list[Any], buckets: list[Any], pipe: Connection) -
         counted: queue.Queue[int] = queue.Queue()
         counted.put(number)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, counted, True)
-        _, results[number] = answers.get()
+        results[number] = answers.get()[1]
         if isinstance(results[number], Exception):
             error = results[number]
             try:
@@ -223,7 +235,7 @@ def _write_shards(transforms: list[Any], buckets: list[Any], pipe: Connection) -
             break
         path = Path(bucket[0])
         sums[f"shards/{path.name}"] = [path.stat().st_size, _crc(path)]
-    pipe.send((results if error is None else {}, sums, error))
+    return results if error is None else {}, sums, error
 
 
 def _sharded(tensors: dict[str, Any]) -> list[ShardedTensor]:

@@ -27,9 +27,9 @@ from r1.parallel.folders import CheckpointError
 SCALE = "_scale_inv"
 INDEX = "model.safetensors.index.json"
 SUMS = "SHA256SUMS"
-BAND_BYTES = 32 << 20  # of float32 that one band of rows becomes
+BAND_BYTES = 16 << 20  # of float32 that one band of rows becomes
 # Pages of a mapped file count as this process's memory once they are read: after so many bytes it is mapped anew.
-MAPPED_BYTES = 128 << 20
+MAPPED_BYTES = 64 << 20
 
 # safetensors' names of the types that weights may have.
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}

@@ -307,10 +307,11 @@ class DecoderModel(GPTModel):
 
 
 def build(
-    model: ModelConfig, parallel: ParallelConfig, world: World, seed: int, value_head: bool = False
+    model: ModelConfig, parallel: ParallelConfig, world: World, seed: int | None, value_head: bool = False
 ) -> list[DecoderModel]:
     """This rank's chunks of the model (one, or `virtual_pipeline` of them) with weights that depend on `seed` alone,
-    not on the layout. A reward model (`value_head`) has a scalar head, nothing tied to the embedding, and no MTP."""
+    not on the layout; None leaves them as memory was, for a checkpoint to fill. A reward model (`value_head`) has a
+    scalar head, nothing tied to the embedding, and no MTP."""
     if value_head:
         model = model.model_copy(update={"num_mtp_layers": 0, "tie_embeddings": False})
     parallel.check_model(model)
@@ -350,7 +351,8 @@ def build(
         )
         _mark_split_weights(chunk)
         chunks.append(chunk if chunk._parameter_device() == world.device else chunk.to(world.device))
-    initialise(chunks, model.init_std, seed, world)
+    if seed is not None:
+        initialise(chunks, model.init_std, seed, world)
     return chunks
 
 

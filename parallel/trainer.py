@@ -45,7 +45,9 @@ class AdamConfig(Section):
 
 
 class Trainer:
-    """One model on this process's part of the world. With `adam` it can be trained; without it only be read."""
+    """One model on this process's part of the world. With `adam` it can be trained; without it only be read.
+
+    `seed` None leaves the weights undrawn: a whole matrix in float32 at a time is much to draw for nothing."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Trainer:
         parallel: ParallelConfig,
         world: World,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         adam: AdamConfig | None = None,
         value_head: bool = False,
     ) -> None:

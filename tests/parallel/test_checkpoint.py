@@ -346,3 +346,60 @@ def test_a_state_that_is_not_json_harms_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         checkpoint.save(trainer, tmp_path / "checkpoint", {"step": object()})
     assert checkpoint.load(trainer, tmp_path / "checkpoint")["step"] == 1
+
+
+def _kill_writer(folder: str) -> str:
+    trainer = _trainer("llama", {}, 1)
+    writing = checkpoint.Writing(trainer, folder, {"step": 2})
+    os.kill(writing._process.pid, signal.SIGKILL)
+    try:
+        writing.finish()
+    except CheckpointError as error:
+        return str(error)
+    return "it was written"
+
+
+def test_a_writer_that_was_killed_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    trainer = _trainer("llama", {}, 1)
+    checkpoint.save(trainer, folder, {"step": 1})
+    for _ in range(20):  # the process may have been faster than the kill
+        message = _kill_writer(str(folder))
+        if message != "it was written":
+            break
+    assert "ended (-9)" in message and "is whole" in message
+    assert checkpoint.load(trainer, folder)["step"] in (1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="thesis exists and has no state.json"):
+        checkpoint.save(_trainer("llama", {}, 1), tmp_path / "thesis", {})
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def background_and_kept(folder: str, batches: list[MicroBatch]) -> list[Any]:
+    """Collective: three saves in the background, each kept when the next takes its name, with steps in between."""
+    trainer, path = _trainer("deepseek", {"expert": 2}, 7), Path(folder)
+    saved = []
+    for step in range(3):
+        writing = checkpoint.Writing(trainer, path, {"step": step}, keep=path.with_name(f"kept-{step - 1}"))
+        saved.append(pieces(trainer))
+        _step(trainer, batches, "supervised")
+        while not writing.done():
+            pass
+        writing.finish()
+    same = []
+    for step, name in enumerate(("kept-0", "kept-1", "checkpoint")):
+        again = _trainer("deepseek", {"expert": 2}, 99)
+        assert checkpoint.load(again, path.with_name(name), optimizer=True)["step"] == step
+        same += [torch.equal(a[3], b[3]) for a, b in zip(saved[step], pieces(again), strict=True)]
+    return same
+
+
+def test_saves_in_the_background(problem: Problem, run: Any, tmp_path: Path) -> None:
+    for same in run(2, background_and_kept, str(tmp_path / "checkpoint"), problem.batches()):
+        assert same and all(same)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "kept-0", "kept-1"]
