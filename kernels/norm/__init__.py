@@ -19,6 +19,7 @@ register("norm", "cpu", "r1.kernels.norm.cpu", proven_on=("cpu",))
 register("norm", "triton", "r1.kernels.norm.triton", proven_on=())
 
 YARN_KEYS = ("factor", "original_max_positions", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+LLAMA3_KEYS = ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor")
 
 
 def _norm_save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -102,13 +103,16 @@ def rope_tables(
     base: float,
     *,
     yarn: Mapping[str, float] | None = None,
+    llama3: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, each (T, dim / 2), of the rotary angles at integer or float positions_T.
 
     yarn has the keys factor, original_max_positions, beta_fast, beta_slow, mscale, mscale_all_dim (arXiv 2309.00071, as
-    in DeepSeek-V3); the tables carry its factor mscale / mscale_all_dim. Angles are computed in float64.
-    Raises ValueError for an odd dim, a base <= 1, or missing or unknown yarn keys.
+    in DeepSeek-V3); the tables carry its factor mscale / mscale_all_dim. llama3 has the keys factor,
+    original_max_positions, low_freq_factor, high_freq_factor (Llama 3.1, arXiv 2407.21783). Angles are computed in
+    float64.
+    Raises ValueError for an odd dim, a base <= 1, both extensions at once, or missing or unknown keys of one.
     """
     require(positions_T.dim() == 1, "positions_T", positions_T, "a (T,) tensor")
     require(dim > 0 and dim % 2 == 0, "dim", dim, "an even number > 0")
@@ -116,7 +120,19 @@ def rope_tables(
     if yarn is not None:
         require(set(yarn) == set(YARN_KEYS), "yarn", dict(yarn), f"the keys {', '.join(YARN_KEYS)}")
         require(yarn["factor"] >= 1, "yarn['factor']", yarn["factor"], "a number >= 1")
-    return reference.rope_tables(positions_T, dim, float(base), dict(yarn) if yarn is not None else None, dtype)
+    if llama3 is not None:
+        require(yarn is None, "yarn", yarn, "None beside llama3")
+        require(set(llama3) == set(LLAMA3_KEYS), "llama3", dict(llama3), f"the keys {', '.join(LLAMA3_KEYS)}")
+        factors = llama3["low_freq_factor"], llama3["high_freq_factor"]
+        require(factors[0] < factors[1], "llama3", dict(llama3), "low_freq_factor < high_freq_factor")
+    return reference.rope_tables(
+        positions_T,
+        dim,
+        float(base),
+        dict(yarn) if yarn is not None else None,
+        dict(llama3) if llama3 is not None else None,
+        dtype,
+    )
 
 
 def yarn_softmax_scale(factor: float, mscale_all_dim: float) -> float:

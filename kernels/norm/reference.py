@@ -60,7 +60,12 @@ def _exact_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
 
 
 def rope_tables(
-    positions_T: Tensor, dim: int, base: float, yarn: dict[str, float] | None, dtype: torch.dtype
+    positions_T: Tensor,
+    dim: int,
+    base: float,
+    yarn: dict[str, float] | None,
+    llama3: dict[str, float] | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     # float64 angles: at position 100,000 a float32 angle is off by 0.004 rad.
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions_T.device) / dim
@@ -78,6 +83,11 @@ def rope_tables(
         stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
         frequency = frequency * (1 - stretched) + frequency / yarn["factor"] * stretched
         scale = mscale(yarn["factor"], yarn["mscale"]) / mscale(yarn["factor"], yarn["mscale_all_dim"])
+    if llama3 is not None:
+        turns = llama3["original_max_positions"] * frequency / (2 * math.pi)  # within the original context
+        low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * kept + frequency / llama3["factor"] * (1 - kept)
     angle_TD = positions_T.double()[:, None] * frequency
     return (angle_TD.cos() * scale).to(dtype), (angle_TD.sin() * scale).to(dtype)
 

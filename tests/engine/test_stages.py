@@ -261,3 +261,28 @@ def test_student_from_hugging_face_weights(whole: Path, tmp_path: Path) -> None:
     ours, theirs = (e.policy.chunks[0].state_dict() for e in (engine, loaded))
     weights = [name for name, value in ours.items() if torch.is_tensor(value) and name.endswith("weight")]
     assert weights and all(torch.equal(ours[name], theirs[name]) for name in weights)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_the_newest_and_the_best_checkpoints_are_kept(background: str, tmp_path: Path) -> None:
+    """With a learning rate that spoils the model the best one is an early one."""
+    settings = {
+        "run_dir": tmp_path,
+        "stages.pretrain.save_interval_steps": 1,
+        "stages.pretrain.save_in_background": background,
+        "stages.pretrain.keep_checkpoints": 2,
+        "stages.pretrain.keep_best": "true",
+        "stages.pretrain.optimizer.lr": 0.5,
+    }
+    options = [x for name, value in settings.items() for x in ("--set", f"{name}={value}")]
+    assert cli.main(["run", "pretrain", "--config", str(MICRO), *options]) == 0
+    losses = {row["step"] + 1: row["loss"] for row in read_jsonl(tmp_path / "pretrain" / "metrics.jsonl")}
+    assert len(losses) == 6
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 5, losses
+    folders = list((tmp_path / "pretrain").glob("checkpoint*"))
+    assert {folder.name for folder in folders} == {"checkpoint", "checkpoint.step-000005", f"checkpoint.step-{best:06}"}
+    for folder in folders:
+        step = json.loads((folder / "state.json").read_text())["step"]
+        assert folder.name in ("checkpoint", f"checkpoint.step-{step:06}")
+        open_engine(micro(tmp_path), str(folder), load_tokenizer(micro(tmp_path))).close()

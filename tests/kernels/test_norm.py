@@ -55,6 +55,20 @@ def test_gradcheck(seed: int) -> None:
         assert torch.autograd.gradcheck(lambda q, i=interleaved: apply_rope(q, cos, sin, i), q)
 
 
+@pytest.mark.parametrize(("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (4.0, 0.7, 1.9)])
+def test_llama3_rope_tables_against_transformers(factor: float, low: float, high: float) -> None:
+    shared = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    rope = {**shared, "rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=128, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=rope)
+    positions = torch.tensor([0, 1, 77, 8191, 8192, 131071])
+    want = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    got = rope_tables(positions, 128, 5e5, llama3={**shared, "original_max_positions": 8192})
+    for ours, theirs in zip(got, want, strict=True):
+        # Their angles are float32: at position 131,071 off by up to 0.008.
+        torch.testing.assert_close(ours, theirs[0, :, :64], atol=1e-2, rtol=0)
+        torch.testing.assert_close(ours[:3], theirs[0, :3, :64], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("yarn", [None, YARN, {**YARN, "mscale": 0.7, "beta_fast": 20.0}])
 def test_rope_tables_against_transformers(yarn: dict[str, float] | None) -> None:
     parameters: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -144,3 +158,5 @@ def test_bad_input() -> None:
         rope_tables(torch.arange(3), 4, 1)
     with bad("yarn is .*wanted the keys factor"):
         rope_tables(torch.arange(3), 4, 1e4, yarn={"factor": 2})
+    with bad("llama3 is .*wanted the keys factor"):
+        rope_tables(torch.arange(3), 4, 1e4, llama3={"factor": 2})

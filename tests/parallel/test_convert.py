@@ -63,6 +63,14 @@ _DEEPSEEK = _SHARED | {
     "rope_parameters": _YARN,
 }
 _DENSE = _SHARED | {"num_key_value_heads": 2}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 _QWEN_YARN = {k: v for k, v in _YARN.items() if not k.startswith("mscale")} | {"rope_theta": 1e6}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("deepseek_v3", _DEEPSEEK),
@@ -72,6 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek tied": ("deepseek_v3", _DEEPSEEK | {"tie_word_embeddings": True}),
     "llama": ("llama", _DENSE | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama 3.1": ("llama", _DENSE | {"head_dim": 16, "rope_parameters": _LLAMA3}),
     "llama tied, wide heads": ("llama", _DENSE | {"tie_word_embeddings": True, "head_dim": 20}),
     "qwen2": ("qwen2", _DENSE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2 tied, YaRN": ("qwen2", _DENSE | {"tie_word_embeddings": True, "rope_parameters": _QWEN_YARN}),
@@ -382,7 +391,8 @@ def test_config_round_trip(case: str) -> None:
     ("case", "change", "word"),
     [
         ("llama", {"model_type": "mamba"}, "mamba"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "llama3"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "longrope"),
+        ("llama 3.1", {"rope_parameters": _LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
