@@ -20,7 +20,7 @@ from r1.engine.logs import every_ten_seconds
 from r1.engine.sampling import Completion, SamplingParameters
 from r1.engine.settings import Config, GrpoStage, OptimizerConfig
 from r1.kernels import aggregation_weights
-from r1.parallel import checkpoint, convert
+from r1.parallel import checkpoint, convert, export
 from r1.parallel.config import ModelConfig
 from r1.parallel.loss import IGNORED, Loss, PolicyLoss, PreferenceLoss, SupervisedLoss, TokenLogprobs, sequence_values
 from r1.parallel.packing import MicroBatch
@@ -321,7 +321,7 @@ class Engine:
     def export_hf(self, path: str | Path, tokenizer: Any = None, dtype: convert.Dtype | None = None) -> None:
         """Write the policy as a Hugging Face folder that transformers and vLLM load; `dtype` None is that of the
         Hugging Face checkpoint it began as, else the model's own."""
-        convert.export_hf(
+        export.export_hf(
             self.policy, path, tokenizer, dtype=dtype, carried=self.carried, tell=every_ten_seconds("writing weights")
         )
 

@@ -1,39 +1,34 @@
-"""Weights between our models and Hugging Face checkpoints, both ways, in any layout.
+"""Weights of Hugging Face checkpoints into our models, and ours gathered by their names, in any layout.
 
-A process reads only what lies in its own shards, a band of rows at a time, and an export passes one Hugging Face
-tensor at a time through the main process into its place on the disk. huggingface.py holds the names.
+A process reads only what lies in its own shards, a band of rows at a time. huggingface.py holds the names, export.py
+writes checkpoints.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
-from safetensors.torch import load
 from torch import Tensor
 
-from r1.kernels.fp8 import BLOCK, dequantize, quantize_128x128
 from r1.parallel.config import ModelConfig
-from r1.parallel.folders import CheckpointError, begin, partial_of, publish, recover, unwritten
+from r1.parallel.folders import CheckpointError, recover
 from r1.parallel.fp8 import forget_quantized
-from r1.parallel.hf_reader import SCALE, SUMS, TYPES, Source, checksums, damaged
-from r1.parallel.hf_writer import FolderWriter, Planned, write_json, write_sums
+from r1.parallel.hf_reader import SUMS, Source, checksums, damaged
 from r1.parallel.huggingface import Part, hf_config, model_config_from_hf, parts
 from r1.parallel.model import data_shape, sharded_state
 from r1.parallel.trainer import Trainer
 
 __all__ = [
     "Dtype",
-    "export_hf",
     "gathered",
     "hf_config",
     "is_hugging_face",
@@ -44,25 +39,18 @@ __all__ = [
 
 # fp8: the layers' matrices in blocks with scales, as DeepSeek-V3 is published, and the rest in bfloat16.
 Dtype = Literal["fp8", "bfloat16", "float16", "float32"]
-_TYPES = {"fp8": "BF16", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FP8_NAME = re.compile(r".*\.(self_attn|mlp)\.(.*_proj|kv_a_proj_with_mqa)\.weight")
-_FP8_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+
 
 Tell = Callable[[int, int], None]
 
 
-def _nothing(done: int, total: int) -> None:
+def nothing(done: int, total: int) -> None:
     pass
 
 
 # What goes with the weights from an import to an export. `SCALES` is ours: those of the FP8 blocks that were read.
 SCALES = "scales.safetensors"
-_CARRIED = (
+CARRIED = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -117,7 +105,7 @@ def _stored_dtype(source: Source) -> Dtype:
 
 
 @torch.no_grad()
-def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: Tell = _nothing) -> dict[str, bytes]:
+def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: Tell = nothing) -> dict[str, bytes]:
     """Fill this process's shards from a Hugging Face state dict or a folder of safetensors files; returns, on the main
     process, the folder's other files (configuration, tokenizer, the scales of FP8 blocks) for an export to carry.
 
@@ -132,8 +120,8 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: T
     tiles = _tiles(trainer, read)
     if read.folder is not None:
         sums = sorted(checksums(read.folder).items())
-        _agree(damaged(read.folder, dict(sums[world.rank :: world.size])))
-    _agree(_unlike_copy(tiles, read) if world.is_main else None)
+        agree(damaged(read.folder, dict(sums[world.rank :: world.size])))
+    agree(_unlike_copy(tiles, read) if world.is_main else None)
     views = [(shard.key, tuple(shard.global_offset), shard.data.view(data_shape(shard))) for shard in _shards(trainer)]
     jobs = [
         (read.place(part.name), part, view, both)
@@ -149,7 +137,7 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: T
             read.copy_to(target.T if part.transposed else target, part.name, _turned(part, there))
     except CheckpointError as error:
         problem = str(error)
-    _agree(problem)
+    agree(problem)
     if trainer.optimizer is not None:
         trainer.optimizer.reload_model_params()
     forget_quantized(trainer.chunks)
@@ -169,7 +157,7 @@ def _check_config(model: ModelConfig, folder: Path) -> None:
 def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
     """{our tensor: the Hugging Face tensors in it}; CheckpointError where these are not the ones of the checkpoint."""
     model = trainer.model_config
-    tiles = {key: parts(model, key, shape) for key, (shape, _) in _catalogue(trainer).items()}
+    tiles = {key: parts(model, key, shape) for key, (shape, _) in catalogue_of(trainer).items()}
     for part in (part for found in tiles.values() for part in found if not part.copy):
         if part.name not in read.shapes:
             raise CheckpointError(f"the Hugging Face checkpoint has no tensor {part.name}, which this model needs")
@@ -201,7 +189,7 @@ def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) ->
     return layer is not None and int(layer[1]) >= model.num_layers and f"{layer[0]}eh_proj.weight" in names
 
 
-def _agree(problem: str | None) -> None:
+def agree(problem: str | None) -> None:
     """CheckpointError on every process for what the first of them found. Collective."""
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -236,7 +224,7 @@ def _turned(part: Part, index: tuple[slice, ...]) -> tuple[slice, ...]:
 
 def _carried(read: Source) -> dict[str, bytes]:
     assert read.folder is not None
-    files = {name: (read.folder / name).read_bytes() for name in _CARRIED if (read.folder / name).is_file()}
+    files = {name: (read.folder / name).read_bytes() for name in CARRIED if (read.folder / name).is_file()}
     dtype = _stored_dtype(read)
     config = {k: v for k, v in json.loads(files.get("config.json", b"{}")).items() if k not in ("dtype", "auto_map")}
     config["torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype  # of the tensors, whatever the file said
@@ -260,7 +248,7 @@ def _shards(trainer: Trainer) -> list[ShardedTensor]:
     return found
 
 
-def _catalogue(trainer: Trainer) -> dict[str, tuple[tuple[int, ...], list]]:
+def catalogue_of(trainer: Trainer) -> dict[str, tuple[tuple[int, ...], list]]:
     """{our tensor: (whole shape, [(rank, offset, slice's shape, type)])} over all processes, replicas left out."""
     mine = [
         (t.key, tuple(t.global_shape), tuple(t.global_offset), data_shape(t), t.data.dtype)
@@ -282,7 +270,7 @@ def gathered(trainer: Trainer, parts_of: Callable[[str, tuple[int, ...]], list[P
     on the others. Collective: every process runs it to its end."""
     rank, device = trainer.world.rank, trainer.world.device
     mine = {(t.key, tuple(t.global_offset)): t for t in _shards(trainer) if is_main_replica(t.replica_id)}
-    for key, (shape, slices) in _catalogue(trainer).items():
+    for key, (shape, slices) in catalogue_of(trainer).items():
         for part in parts_of(key, shape):
             whole = torch.empty(part.shape, dtype=slices[0][-1], device=device) if trainer.world.is_main else None
             for owner, offset, size, dtype in slices:
@@ -301,122 +289,3 @@ def gathered(trainer: Trainer, parts_of: Callable[[str, tuple[int, ...]], list[P
                 whole[_turned(part, there)] = data.T if part.transposed else data
             if whole is not None:
                 yield part, whole
-
-
-def export_hf(
-    trainer: Trainer,
-    folder: str | Path,
-    tokenizer: Any = None,
-    *,
-    dtype: Dtype | None = None,
-    carried: Mapping[str, bytes] | None = None,
-    tell: Tell = _nothing,
-) -> None:
-    """Write a folder that transformers and vLLM load: configurations, safetensors in published names, the tokenizer
-    (a `carried` one, or anything with `save`, `decode`, `bos_id`, `eos_id`, `pad_id`) and SHA256SUMS. Collective.
-
-    `dtype` None is that of the checkpoint that was read (`carried`, of the main process), else the model's own. In
-    fp8 a block that is what was read leaves with the scale it came with, bit for bit. The folder takes its name when
-    it is whole; an earlier export is replaced. `tell` is called with (tensors done, tensors in all). CheckpointError,
-    on every process, where the folder holds other things or cannot be written.
-    """
-    folder, carried = Path(folder), carried or {}
-    config = json.loads(carried.get("config.json", b"{}"))
-    if dtype is None:
-        dtype = "fp8" if SCALES in carried else config.get("torch_dtype", trainer.parallel.dtype)
-    if dtype not in get_args(Dtype):
-        raise ValueError(f"dtype = {dtype!r}, wanted one of {', '.join(get_args(Dtype))}")
-    model, main = trainer.model_config, trainer.world.is_main
-    config = _config(model, config, dtype)
-    problem, writer = None, None
-    plan = [  # of the whole model, on every process
-        _planned(part, dtype) for key, (shape, _) in _catalogue(trainer).items() for part in parts(model, key, shape)
-    ]
-    if main:
-        # The others must not wait for one that has failed: what goes wrong here is told at the end.
-        recover(folder, SUMS)
-        try:
-            writer = FolderWriter(begin(folder, "config.json"), plan)
-        except CheckpointError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = unwritten(folder, error)
-    done = 0
-    scales = load(carried[SCALES]) if SCALES in carried and dtype == "fp8" else {}
-    for part, tensor in gathered(trainer, lambda key, shape: parts(model, key, shape)):
-        if writer is not None and problem is None:
-            try:
-                for planned, value in zip(_planned(part, dtype), _stored(part, tensor, dtype, scales)):
-                    writer.write(planned.name, value)
-            except OSError as error:
-                problem = unwritten(folder, error)
-        done += 1
-        tell(done, len(plan))
-    if writer is not None and problem is None:
-        try:
-            writer.finish()
-            _write_others(writer.folder, config, tokenizer, carried)
-            write_sums(writer.folder)
-            publish(folder)
-        except OSError as error:
-            problem = unwritten(folder, error)
-    if problem is not None:
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
-    _agree(problem)
-
-
-def _planned(part: Part, dtype: Dtype) -> list[Planned]:
-    if dtype == "fp8" and _FP8_NAME.fullmatch(part.name):
-        blocks = tuple(-(-size // BLOCK) for size in part.shape)
-        return [Planned(part.name, "F8_E4M3", part.shape), Planned(part.name + SCALE, "F32", blocks)]
-    kept = part.name.endswith("e_score_correction_bias")  # float32 in every published checkpoint
-    return [Planned(part.name, "F32" if kept else _TYPES[dtype], part.shape)]
-
-
-def _stored(part: Part, tensor: Tensor, dtype: Dtype, scales: Mapping[str, Tensor]) -> list[Tensor]:
-    planned = _planned(part, dtype)
-    if len(planned) == 1:
-        return [tensor.to(TYPES[planned[0].dtype])]
-    q, scale = quantize_128x128(tensor)
-    before = scales.get(planned[1].name)
-    if before is None or before.shape != scale.shape:
-        return [q, scale]
-    before = before.to(scale.device)
-    rows, columns = (torch.arange(n, device=scale.device) // BLOCK for n in tensor.shape)
-    q_before = (tensor.float() / before[rows][:, columns]).to(q.dtype)
-    differs = dequantize(q_before, before, (BLOCK, BLOCK), tensor.dtype) != tensor
-    padded = torch.nn.functional.pad(differs, (0, -len(columns) % BLOCK, 0, -len(rows) % BLOCK))
-    changed = padded.view(scale.shape[0], BLOCK, scale.shape[1], BLOCK).any(3).any(1)
-    q = torch.where(changed[rows][:, columns], q.view(torch.uint8), q_before.view(torch.uint8)).view(q.dtype)
-    return [q, torch.where(changed, scale, before)]
-
-
-def _config(model: ModelConfig, carried: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """config.json: the one that was read, where it still says what the model is."""
-    config = hf_config(model)
-    if carried and hf_config(model_config_from_hf(carried)) == config:
-        config = dict(carried)
-    config.pop("quantization_config", None)
-    if dtype == "fp8":
-        config["quantization_config"] = _FP8_CONFIG
-    return config | {"torch_dtype": "bfloat16" if dtype == "fp8" else dtype}
-
-
-def _write_others(folder: Path, config: dict[str, Any], tokenizer: Any, carried: Mapping[str, bytes]) -> None:
-    """config.json, and what transformers wants to generate text: as it was read, or of our tokenizer."""
-    for name in _CARRIED:
-        if name in carried and name != "config.json":
-            (folder / name).write_bytes(carried[name])
-    # Explicit nulls where there is no tokenizer: transformers' defaults would name some other model's tokens.
-    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    token_ids = {f"{name}_token_id": value for name, value in ids.items()}
-    write_json(folder / "config.json", token_ids | config)
-    if "generation_config.json" not in carried:
-        write_json(
-            folder / "generation_config.json", token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-        )
-    if tokenizer is not None and "tokenizer.json" not in carried:
-        tokenizer.save(folder / "tokenizer.json")
-        special = {f"{name}_token": tokenizer.decode([value]) for name, value in ids.items() if value is not None}
-        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
-        write_json(folder / "tokenizer_config.json", kind | special)

@@ -21,8 +21,9 @@ from transformers.modeling_layers import MtpModel
 
 from r1.parallel import hf_writer
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.convert import export_hf, gathered, hf_config, load_hf, model_config_from_hf
+from r1.parallel.convert import gathered, hf_config, load_hf, model_config_from_hf
 from r1.parallel.decode import Chunk, Decoder
+from r1.parallel.export import export_hf
 from r1.parallel.folders import CheckpointError
 from r1.parallel.huggingface import Part
 from r1.parallel.packing import MicroBatch

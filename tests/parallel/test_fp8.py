@@ -14,6 +14,7 @@ import torch
 from r1.kernels import quantize_weight, swiglu
 from r1.parallel import attention, checkpoint, convert, fp8, moe
 from r1.parallel.config import ModelConfig, ParallelConfig
+from r1.parallel.export import export_hf
 from r1.parallel.loss import TokenLogprobs
 from r1.parallel.model import decoder_config
 from r1.parallel.trainer import AdamConfig, Trainer
@@ -378,7 +379,7 @@ def never_stale(layout: dict[str, Any], problem: Problem, folder: str) -> dict[s
     torch.cat(reference.read(problem.batches(), TokenLogprobs(VOCABULARY)))
     found["load"] = changed_and_fresh(trainer, problem, load)
     found["reference"] = changed_and_fresh(reference, problem, lambda: None)[::-1]
-    convert.export_hf(other, Path(folder) / "exported")
+    export_hf(other, Path(folder) / "exported")
     found["convert"] = changed_and_fresh(trainer, problem, lambda: convert.load_hf(trainer, Path(folder) / "exported"))
     return found
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from r1.parallel import checkpoint, hf_writer
 from r1.parallel.config import ParallelConfig
-from r1.parallel.convert import export_hf, load_hf, read_config
+from r1.parallel.convert import load_hf, read_config
+from r1.parallel.export import export_hf
 from r1.parallel.folders import CheckpointError
 from r1.parallel.hf_reader import SUMS, damaged
 from r1.parallel.trainer import Trainer
@@ -209,7 +210,8 @@ import json, os, sys, torch
 from pathlib import Path
 from r1.parallel import checkpoint
 from r1.parallel.config import ParallelConfig
-from r1.parallel.convert import export_hf, load_hf, read_config
+from r1.parallel.convert import load_hf, read_config
+from r1.parallel.export import export_hf
 from r1.parallel.folders import CheckpointError
 from r1.parallel.trainer import Trainer
 from r1.parallel.world import join
