@@ -6,13 +6,14 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from r1.engine.config import PIPELINE, STAGES, Config, load_config, presets, to_toml
 from r1.engine.errors import UserError
-from r1.engine.logs import is_main_process, say
+from r1.engine.logs import is_main_process, name_the_rank, say, world_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of megatron's calls
+    name_the_rank()
     try:
         code = options.command(options) or 0
         _leave()
@@ -28,10 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("r1: interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
-        if not _is_for_the_user(error):
-            raise
-        _tell(str(error))
-        return 2
+        return _fail(error)
     return code
 
 
@@ -223,10 +222,20 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, UserError) or (checkpoint is not None and isinstance(error, checkpoint.CheckpointError))
 
 
-def _tell(message: str) -> None:
-    if not is_main_process():
-        time.sleep(3)  # rank 0 mostly says the same, and torchrun then ends this process: one sentence, not one a rank
-    print(f"r1: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _fail(error: Exception) -> int:
+    """The exit code of a command that failed. Of the ranks of a world one tells why, the first that failed."""
+    sentence = f"r1: {' '.join(str(error).split())}"
+    for_the_user = _is_for_the_user(error)
+    if world_size() > 1:
+        from r1.parallel import watchdog
+
+        text = sentence if for_the_user else traceback.format_exc()
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        watchdog.fail(sentence.removeprefix("r1: ") if for_the_user else first_line, 2 if for_the_user else 1, text)
+    if not for_the_user:
+        raise error
+    print(sentence, file=sys.stderr, flush=True)
+    return 2
 
 
 def _leave() -> None:
