@@ -17,8 +17,8 @@ from r1.engine.logs import is_main_process, name_the_rank, say, world_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code: 0 done, 1 a plan that does not fit, 2 bad input (one sentence on stderr), 130
-    interrupted."""
+    """Runs one command; the exit code: 0 done, 1 a plan or a machine that is not fit, 2 bad input (one
+    sentence on stderr), 130 interrupted. The watchdog ends a process that hangs with 75."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of megatron's calls
@@ -83,6 +83,12 @@ def _plan(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
     )
     return 0 if result.fits else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from r1.engine.doctor import examine
+
+    return examine(load_config(options.config, options.set), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -174,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="a.b=c", help="one setting over the file's; repeat for more"
     )
     command.set_defaults(command=_plan)
+
+    command = commands.add_parser(
+        "doctor", parents=[configured], help="is this machine, or this torchrun world, fit for a run, and what to mend"
+    )
+    command.add_argument("--out", metavar="FOLDER", help="write doctor.json there")
+    command.set_defaults(command=_doctor)
 
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
     command.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/demo")

@@ -113,8 +113,9 @@ class Watchdog:
         try:
             if "error" in alarm:
                 text = f"stopped because rank {alarm['rank']} ({alarm['host']}) failed: {alarm['error']}"
-                self._tell_once(text)
-                end(alarm["code"], text)
+                if alarm["told_by_each_host"]:
+                    self._tell_once(text)
+                end(alarm["code"], text, alarm["time"] + 1)
             self.store.set(f"state/{self.rank}", json.dumps(hang.state_of_this_process()))
             if alarm["rank"] == self.rank:
                 text = self._report()
@@ -124,7 +125,7 @@ class Watchdog:
             else:
                 self._wait_for(lambda: self.store.check([VERDICT]), 6 * self.interval + 30)
                 text = self.store.get(VERDICT).decode() if self.store.check([VERDICT]) else "a hang"
-            end(EXIT_HANG, text)
+            end(EXIT_HANG, text, alarm["time"] + (alarm["rank"] != self.rank))
         except RuntimeError:  # the store has gone with the process that held it
             end(alarm.get("code", EXIT_HANG), "stopped with the other ranks")
 
@@ -222,7 +223,8 @@ def fail(error: str, code: int, text: str) -> NoReturn:
         try:
             if _blames_another(error):
                 watchdog._wait_for(lambda: watchdog.store.check([ALARM]), 3.0 + watchdog.interval)
-            alarm = watchdog.raise_alarm({"error": error, "code": code})
+            # Bad input is one sentence, not one a host.
+            alarm = watchdog.raise_alarm({"error": error, "code": code, "told_by_each_host": code == 1})
             if alarm["rank"] != watchdog.rank:
                 watchdog.obey(alarm)
         except RuntimeError:
@@ -251,11 +253,12 @@ def _first_before_joining() -> bool:
         return True
 
 
-def end(code: int, text: str) -> NoReturn:
-    """End the process at once, and leave `text` for torchrun's own summary. No handshake: the others may be stuck."""
+def end(code: int, text: str, moment: float | None = None) -> NoReturn:
+    """End the process at once, and leave `text` for torchrun's own summary, which takes the failure of the earliest
+    `moment` (whole seconds) for the cause. No handshake: the others may be stuck."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(moment or time.time()))}}
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
     sys.stdout.flush()

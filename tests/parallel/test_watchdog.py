@@ -1,0 +1,128 @@
+"""Worlds that hang or fail, of real processes: who is named, how they end, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from r1.parallel import hang, watchdog
+
+SCRIPT = Path(__file__).with_name("watched.py")
+HOST = socket.gethostname()
+
+
+def world(scenario: str, size: int = 4, limit: float = 3.0) -> tuple[list[list[int]], str, float]:
+    """(exit codes by rank of each world, what was written to stderr, seconds)."""
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), scenario, str(size), str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    codes = [json.loads(line)["codes"] for line in result.stdout.splitlines()]
+    print(result.stderr)
+    return codes, result.stderr, time.monotonic() - began
+
+
+def test_a_stopped_rank_is_named_with_its_collective_and_the_next_world_meets_on_the_same_store() -> None:
+    codes, told, _ = world("stopped+late")
+    assert codes == [[75, 75, -9, 75], [0, 0, 0, 0]]
+    report = [line for line in told.splitlines() if "gloo:all_reduce" in line]
+    assert len(report) == 1, "one report, not one a rank"
+    assert "number 4 of the default pg group (ranks 0-3; [10])" in report[0]
+    assert "waiting there: 0-1, 3; not there: 2;" in report[0]
+    assert f"rank 2 (host {HOST}, process " in told and "gives no heartbeat for" in told
+    assert "Traceback" not in told
+
+
+def test_a_rank_stopped_outside_collectives_is_known_by_its_heart() -> None:
+    codes, told, _ = world("stopped_outside_collectives", size=3)
+    assert codes == [[75, -9, 75]]
+    assert "rank 1 (host" in told and "gives no heartbeat for" in told
+
+
+def test_a_living_rank_that_never_comes_shows_its_stack() -> None:
+    codes, told, seconds = world("computes_alone")
+    assert codes == [[75] * 4] and seconds < 40
+    assert "waiting there: 0, 2-3; not there: 1;" in told
+    assert f"rank 1 (host {HOST}, process " in told and "is alive and in no collective; it is in" in told
+    assert "in a_very_long_computation" in told
+
+
+def test_the_root_of_a_chain_comes_first() -> None:
+    codes, told, _ = world("crossed")
+    assert codes == [[75] * 4]
+    stuck = [line for line in told.splitlines() if "stuck in" in line]
+    assert "default pg" in stuck[0] and "waiting there: 1; not there: 0, 2-3" in stuck[0]
+    assert "tensor model parallel group (ranks 0-1;" in stuck[1] and "waiting there: 0; not there: 1" in stuck[1]
+    assert "waiting in another collective: 0" in told and "rank 2 (host" in told and "rank 1 (host" not in told
+
+
+def test_different_calls_in_one_place_are_told_apart() -> None:
+    codes, told, _ = world("different_calls")
+    if "stuck in" in told:  # gloo may also notice by itself
+        assert "the ranks do not call the same there" in told
+    assert 0 not in codes[0]
+
+
+@pytest.mark.parametrize("scenario", ["raises", "raises_while_others_are_busy"])
+def test_the_first_error_is_told_once_and_ends_all(scenario: str) -> None:
+    codes, told, seconds = world(scenario)
+    assert codes == [[1] * 4] and seconds < 30
+    assert told.count("ValueError: a broken sample") == 2, "its traceback, and one line for the host's other ranks"
+    assert told.count("Traceback") == 1 and f"[rank 1 {HOST}] Traceback" in told
+    assert f"stopped because rank 1 ({HOST}) failed: ValueError: a broken sample" in told
+
+
+@pytest.mark.parametrize("scenario", ["late", "leaves_early"])
+def test_a_late_rank_and_one_that_has_left_are_let_be(scenario: str) -> None:
+    codes, told, _ = world(scenario, limit=4.0)
+    assert codes == [[0] * 4]
+    assert "r1:" not in told
+
+
+def test_a_world_of_one_is_not_watched() -> None:
+    codes, told, _ = world("alone", size=1)
+    assert codes == [[0]]
+
+
+def test_a_tick_is_cheap(pools) -> None:
+    """What the thread does every interval, and what the recorder costs a collective, are far below a step."""
+    assert max(pools[2].run(_seconds_of_a_tick)) < 5e-3
+
+
+def _seconds_of_a_tick() -> float:
+    from r1.parallel.config import ParallelConfig
+    from r1.parallel.world import join
+
+    join(ParallelConfig())
+    tensor = torch.ones(10)
+    for _ in range(2100):  # the recorder's buffer is full
+        dist.all_reduce(tensor)
+    seconds = []
+    for _ in range(50):
+        began = time.perf_counter()
+        watchdog._current._beat()
+        assert watchdog._current.alarm() is None and watchdog._current._suspicion() is None
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def test_ranges_are_short() -> None:
+    assert hang.ranges([7, 0, 1, 2, 3]) == "0-3, 7"
+    assert hang.ranges([]) == ""
+    assert hang.ranges({1023: None}) == "1023"
