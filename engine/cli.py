@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1.engine.config import PIPELINE, STAGES, Config, load_config, presets, to_toml
-from r1.engine.errors import UserError
+from r1.engine.errors import Stopped, UserError
 from r1.engine.logs import is_main_process, name_the_rank, say, world_size
 
 
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("r1: interrupted; the same command goes on from the last checkpoint")
         return 130
+    except Stopped as stopped:
+        say(f"r1: {stopped}; the same command goes on from there")
+        _leave()
+        return 0
     except Exception as error:
         return _fail(error)
     return code

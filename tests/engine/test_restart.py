@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from r1.engine import cli
 from tests.engine.test_resume import MICRO, weights
 
 LIMIT = 15  # seconds that a collective may take, far above a step's
@@ -58,6 +59,24 @@ def test_a_stopped_rank_costs_a_restart_and_nothing_else(tmp_path: Path) -> None
     ours, theirs = (weights(tmp_path / run / "pretrain" / "checkpoint") for run in ("stopped", "whole"))
     assert ours.keys() == theirs.keys() and len(ours) > 20
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(folder: Path) -> int:
+        return cli.main(["run", "pretrain", "--config", str(MICRO), "--set", f"run_dir={folder}"])
+
+    assert run(tmp_path / "whole") == 0
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "stop").touch()
+    capsys.readouterr()
+    assert run(tmp_path / "asked") == 0
+    assert "r1: pretrain: stopped after 1 steps, as " in capsys.readouterr().err
+    assert not (tmp_path / "asked" / "stop").exists()
+    assert not (tmp_path / "asked" / "pretrain" / "complete.json").exists()
+    assert run(tmp_path / "asked") == 0
+    assert "pretrain: goes on after 1 steps" in capsys.readouterr().err
+    ours, theirs = (weights(tmp_path / folder / "pretrain" / "checkpoint") for folder in ("asked", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
