@@ -29,6 +29,7 @@ _TRACES = [
 FRAMES_SHOWN = 6
 COLLECTIVES_SHOWN = 3
 RANKS_SHOWN = 8
+SPANS_SHOWN = 16
 
 
 def record_collectives() -> None:
@@ -210,4 +211,5 @@ def ranges(ranks: Sequence[int] | set[int] | Mapping[int, Any]) -> str:
             spans[-1][1] = rank
         else:
             spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans[:SPANS_SHOWN])
+    return text if len(spans) <= SPANS_SHOWN else f"{text}, … ({len(ranks)} in all)"

@@ -122,6 +122,48 @@ def _seconds_of_a_tick() -> float:
     return statistics.median(seconds)
 
 
+def place(number: int, kind: str = "nccl:all_reduce", point_to_point: bool = False, ranks: int = 4) -> dict:
+    return {
+        "group": "7",
+        "description": "pipeline model parallel",
+        "ranks": list(range(ranks)),
+        "kind": kind,
+        "sizes": [[10]],
+        "point_to_point": point_to_point,
+        "number": number,
+        "since": time.time() - 5,
+    }
+
+
+def state(reached: int, stands: dict | None = None) -> dict:
+    return {"host": "a", "pid": 1, "stands": stands, "reached": {"7": reached}, "stack": ["x.py:3 in reads_a_file"]}
+
+
+def test_a_rank_that_has_been_through_the_collective_is_not_missing() -> None:
+    """The root of a broadcast ends before its receivers."""
+    text = hang.report({0: state(5), 1: state(5, place(5)), 2: state(4), 3: state(5, place(5))}, {}, 5)
+    assert "waiting there: 1, 3; not there: 2;" in text
+    assert "rank 2 (host a" in text and "rank 0 (host a" not in text
+
+
+def test_a_hang_without_a_missing_rank_points_at_the_network() -> None:
+    text = hang.report({rank: state(5, place(5)) for rank in range(4)}, {}, 5)
+    assert "not there: none" in text and "no rank is missing: the network or a device hangs" in text
+
+
+def test_a_point_to_point_call_waits_for_the_ranks_that_are_in_none() -> None:
+    states = {0: state(0, place(3, "nccl:recv 0<-1", True)), 1: state(0), 2: state(0, place(9, "nccl:send 2->3", True))}
+    text = hang.report(states, {3: "(host b, process 2) gives no heartbeat for 9 s"}, 5)
+    assert "stuck in nccl:recv 0<-1 number 3" in text and "rank 1 (host a" in text and "rank 3 (host b" in text
+
+
+def test_the_report_of_a_thousand_ranks_is_short() -> None:
+    states = {rank: state(4 + rank % 2, place(5, ranks=1024) if rank % 2 else None) for rank in range(1024)}
+    text = hang.report(states, {}, 600)
+    assert len(text.splitlines()) < 30 and len(text) < 2000 and "30, … (512 in all);" in text
+    assert "and 504 more of the ranks 0, 2, 4" in text
+
+
 def test_ranges_are_short() -> None:
     assert hang.ranges([7, 0, 1, 2, 3]) == "0-3, 7"
     assert hang.ranges([]) == ""

@@ -104,7 +104,7 @@ def leaves_early(rank: int) -> None:
     if rank != 0:
         watchdog.stop()
         os._exit(0)
-    time.sleep(5)
+    time.sleep(9)
 
 
 def alone(rank: int) -> None:
