@@ -87,7 +87,7 @@ def _ended(entry: Mapping[str, Any]) -> bool:
 def _described(entry: Mapping[str, Any]) -> dict[str, Any]:
     name, description = entry["process_group"]
     ranks: list[int] = []
-    for group, known in dist.distributed_c10d._world.pg_names.items():
+    for group, known in list(dist.distributed_c10d._world.pg_names.items()):  # the main thread adds to it
         if known == name:
             ranks = dist.get_process_group_ranks(group)
     return {

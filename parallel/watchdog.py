@@ -2,7 +2,7 @@
 
 It speaks to the other ranks through torchrun's TCPStore, never through a process group, so it works while every group
 hangs. Every `interval` seconds a rank writes its heartbeat, reads its neighbour's, and asks whether there is an alarm:
-four small requests (two alarms asked for at once). The rest is written and read once there is one.
+four small requests. The rest is written and read once there is an alarm.
 
 The alarm is one key: the first that writes it wins. An error ends the others with the same exit code and one line a
 host; a hang makes every rank publish where it stands, the rank that raised the alarm print the report, and all end
@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -128,6 +129,8 @@ class Watchdog:
             end(EXIT_HANG, text, alarm["time"] + (alarm["rank"] != self.rank))
         except RuntimeError:  # the store has gone with the process that held it
             end(alarm.get("code", EXIT_HANG), "stopped with the other ranks")
+        except Exception:  # a report that cannot be made must not keep the world hanging
+            end(EXIT_HANG, f"a hang, whose report failed: {traceback.format_exc()}")
 
     def _report(self) -> str:
         everyone = range(self.size)
