@@ -82,7 +82,7 @@ class Watchdog:
                 if alarm and not (alarm["rank"] == self.rank and "error" in alarm):  # of our own, the main thread tells
                     self.obey(alarm)
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
-            if not self._stopped.is_set():
+            if not self._stopped.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"r1: {self.name} lost the store of the run; hangs go unseen: {error}", file=sys.stderr)
 
     def _beat(self) -> None:

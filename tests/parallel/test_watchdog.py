@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("watched.py")
 HOST = socket.gethostname()
 
 
-def world(scenario: str, size: int = 4, limit: float = 3.0) -> tuple[list[list[int]], str, float]:
+def world(scenario: str, size: int = 4, limit: float = 5.0) -> tuple[list[list[int]], str, float]:
     """(exit codes by rank of each world, what was written to stderr, seconds)."""
     began = time.monotonic()
     result = subprocess.run(
@@ -39,7 +39,7 @@ def world(scenario: str, size: int = 4, limit: float = 3.0) -> tuple[list[list[i
 
 
 def test_a_stopped_rank_is_named_with_its_collective_and_the_next_world_meets_on_the_same_store() -> None:
-    codes, told, _ = world("stopped+late")
+    codes, told, _ = world("stopped+works")
     assert codes == [[75, 75, -9, 75], [0, 0, 0, 0]]
     report = [line for line in told.splitlines() if "gloo:all_reduce" in line]
     assert len(report) == 1, "one report, not one a rank"
@@ -88,9 +88,9 @@ def test_the_first_error_is_told_once_and_ends_all(scenario: str) -> None:
     assert f"stopped because rank 1 ({HOST}) failed: ValueError: a broken sample" in told
 
 
-@pytest.mark.parametrize("scenario", ["late", "leaves_early"])
-def test_a_late_rank_and_one_that_has_left_are_let_be(scenario: str) -> None:
-    codes, told, _ = world(scenario, limit=4.0)
+@pytest.mark.parametrize(("scenario", "limit"), [("late", 10.0), ("leaves_early", 5.0)])
+def test_a_late_rank_and_one_that_has_left_are_let_be(scenario: str, limit: float) -> None:
+    codes, told, _ = world(scenario, limit=limit)
     assert codes == [[0] * 4]
     assert "r1:" not in told
 
@@ -101,8 +101,8 @@ def test_a_world_of_one_is_not_watched() -> None:
 
 
 def test_a_tick_is_cheap(pools) -> None:
-    """What the thread does every interval, and what the recorder costs a collective, are far below a step."""
-    assert max(pools[2].run(_seconds_of_a_tick)) < 5e-3
+    """Processor time of what the thread does every few seconds, with the recorder's buffer full; 0.06 ms when idle."""
+    assert max(pools[2].run(_seconds_of_a_tick)) < 2e-3
 
 
 def _seconds_of_a_tick() -> float:
@@ -111,14 +111,14 @@ def _seconds_of_a_tick() -> float:
 
     join(ParallelConfig())
     tensor = torch.ones(10)
-    for _ in range(2100):  # the recorder's buffer is full
+    for _ in range(2100):
         dist.all_reduce(tensor)
     seconds = []
     for _ in range(50):
-        began = time.perf_counter()
+        began = time.thread_time()
         watchdog._current._beat()
         assert watchdog._current.alarm() is None and watchdog._current._suspicion() is None
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
     return statistics.median(seconds)
 
 

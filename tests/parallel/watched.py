@@ -92,9 +92,13 @@ def raises_while_others_are_busy(rank: int) -> None:
     a_very_long_computation()
 
 
+def works(rank: int) -> None:
+    steps(rank)
+
+
 def late(rank: int) -> None:
     tensor = steps(rank)
-    time.sleep(2.0 if rank == 1 else 0.0)
+    time.sleep(4.0 if rank == 1 else 0.0)
     dist.all_reduce(tensor)
 
 
