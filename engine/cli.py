@@ -6,33 +6,36 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from r1.engine.config import PIPELINE, STAGES, Config, load_config, presets, to_toml
-from r1.engine.errors import UserError
-from r1.engine.logs import is_main_process, say
+from r1.engine.errors import Stopped, UserError
+from r1.engine.logs import is_main_process, name_the_rank, say, world_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code: 0 done, 1 a plan that does not fit, 2 bad input (one sentence on stderr), 130
-    interrupted."""
+    """Runs one command; the exit code: 0 done, 1 a plan or a machine that is not fit, 2 bad input (one
+    sentence on stderr), 130 interrupted. The watchdog ends a process that hangs with 75."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at length that optional parts are absent
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of megatron's calls
+    name_the_rank()
     try:
         code = options.command(options) or 0
         _leave()
     except KeyboardInterrupt:
         say("r1: interrupted; the same command goes on from the last checkpoint")
         return 130
+    except Stopped as stopped:
+        say(f"r1: {stopped}; the same command goes on from there")
+        _leave()
+        return 0
     except Exception as error:
-        if not _is_for_the_user(error):
-            raise
-        _tell(str(error))
-        return 2
+        return _fail(error)
     return code
 
 
@@ -97,6 +100,12 @@ def _export(options: argparse.Namespace) -> None:
     from r1.engine.exchange import export_checkpoint
 
     export_checkpoint(options.checkpoint, options.folder, options.dtype, options.set)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from r1.engine.doctor import examine
+
+    return examine(load_config(options.config, options.set), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -189,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_plan)
 
+    command = commands.add_parser(
+        "doctor", parents=[configured], help="is this machine, or this torchrun world, fit for a run, and what to mend"
+    )
+    command.add_argument("--out", metavar="FOLDER", help="write doctor.json there")
+    command.set_defaults(command=_doctor)
+
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
     command.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/demo")
     command.set_defaults(command=_report)
@@ -255,10 +270,20 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, UserError) or (folders is not None and isinstance(error, folders.CheckpointError))
 
 
-def _tell(message: str) -> None:
-    if not is_main_process():
-        time.sleep(3)  # rank 0 mostly says the same, and torchrun then ends this process: one sentence, not one a rank
-    print(f"r1: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _fail(error: Exception) -> int:
+    """The exit code of a command that failed. Of the ranks of a world one tells why, the first that failed."""
+    sentence = f"r1: {' '.join(str(error).split())}"
+    for_the_user = _is_for_the_user(error)
+    if world_size() > 1:
+        from r1.parallel import watchdog
+
+        text = sentence if for_the_user else traceback.format_exc()
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        watchdog.fail(sentence.removeprefix("r1: ") if for_the_user else first_line, 2 if for_the_user else 1, text)
+    if not for_the_user:
+        raise error
+    print(sentence, file=sys.stderr, flush=True)
+    return 2
 
 
 def _leave() -> None:

@@ -7,10 +7,13 @@ need no `if`. Files are appended line by line; a line cut off by a kill is dropp
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 def is_main_process() -> bool:
     """Whether this is rank 0 of the torchrun world, or a process of its own."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def name_the_rank() -> None:
+    """Python's warnings and log records of the ranks beside rank 0 begin with [rank N host]."""
+    if is_main_process():
+        return
+    name = f"[rank {os.environ['RANK']} {socket.gethostname()}]"
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *arguments, **options: f"{name} {plain(*arguments, **options)}"
+    logging.basicConfig(format=f"{name} %(levelname)s %(name)s: %(message)s")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Engine
-from r1.engine.errors import UserError
+from r1.engine.errors import Stopped, UserError
 from r1.engine.logs import MetricsLog, StageTimer, is_main_process, say, write_json
 from r1.engine.settings import STAGES, Config
 from r1.parallel import checkpoint
@@ -188,7 +188,16 @@ class StageRun:
         self, engine: Engine, step: int, state: Callable[[], dict[str, Any]] | None = None, *, force: bool = False
     ) -> None:
         """Keep a checkpoint of `step` optimiser steps, with what `state` gives (JSON), where the interval (or `force`)
-        asks for one. `force` waits until it is there."""
+        asks for one. `force` waits until it is there. A file `stop` in the run's folder asks too, and then Stopped is
+        raised."""
+        stops = self._is_told_to_stop()
+        self._save(engine, step, state, force or stops)
+        if stops:
+            self.log.close()
+            self.timer.close()
+            raise Stopped(f"{self.title}: stopped after {step} steps, as {self._stop_file} asked")
+
+    def _save(self, engine: Engine, step: int, state: Callable[[], dict[str, Any]] | None, force: bool) -> None:
         if step != self._saved_step and (force or step - self._saved_step >= self.settings.save_interval_steps):
             with self.timer.phase("checkpoint"):
                 engine.finish_save()
@@ -223,6 +232,20 @@ class StageRun:
             surplus = [path for path in surplus if path != best]
         for path in surplus:
             shutil.rmtree(path)
+
+    @property
+    def _stop_file(self) -> Path:
+        return Path(self.config.run_dir) / "stop"
+
+    def _is_told_to_stop(self) -> bool:
+        """Rank 0 looks, and takes the file away, so that all agree and the next start is not stopped too."""
+        told = [False]
+        if is_main_process() and self._stop_file.exists():
+            self._stop_file.unlink()
+            told = [True]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(told)
+        return told[0]
 
     def write(self, name: str, value: Any) -> None:
         """A JSON file in the stage's folder."""

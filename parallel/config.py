@@ -207,7 +207,11 @@ class ParallelConfig(Section):
     numerics: Literal["fast", "exact"] = Field(
         "fast", description="exact: rollout and training give the same log-probabilities, bit for bit"
     )
-    timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
+    timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="a collective that takes longer is a hang: the watchdog names the ranks and ends the run",
+    )
 
     @property
     def token_multiple(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from r1.parallel import bridge
+from r1.parallel import bridge, hang, watchdog
 from r1.parallel.config import ParallelConfig
 
 _current: ParallelConfig | None = None
@@ -66,12 +67,13 @@ def join(parallel: ParallelConfig, seed: int = 0) -> World:
     if not dist.is_initialized():
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        timeout = timedelta(seconds=parallel.timeout_seconds)
+        hang.record_collectives()
+        seconds = parallel.timeout_seconds + watchdog.GRACE_SECONDS
         backend = "nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        rank, size = int(os.environ.get("RANK", "0")), world_size()
+        store = watchdog.meet(seconds) if "RANK" in os.environ else dist.HashStore()
+        watchdog.start(store, rank, size, parallel.timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
         atexit.register(leave)
     if _current is None or not parallel_state.model_parallel_is_initialized() or _layout(parallel) != _layout(_current):
         _forget_layout()
@@ -82,7 +84,7 @@ def join(parallel: ParallelConfig, seed: int = 0) -> World:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
-            distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+            distributed_timeout_minutes=math.ceil((parallel.timeout_seconds + watchdog.GRACE_SECONDS) / 60),
             create_gloo_process_groups=on_gpu and dist.get_backend() != "gloo",
         )
         _current = parallel.model_copy()
@@ -114,6 +116,7 @@ def _forget_layout() -> None:
 def leave() -> None:
     """Give the process groups back; the next `join` makes new ones."""
     global _current
+    watchdog.stop()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
