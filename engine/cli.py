@@ -153,9 +153,14 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _report_on(run_dir: str | Path) -> None:
     if is_main_process():
-        from r1.engine.report import write_report
+        from r1.engine.comparison import told
+        from r1.engine.report import read_run, write_report
 
-        say(f"report: {write_report(run_dir)}")
+        page = write_report(run_dir)
+        for stage in read_run(run_dir):
+            if stage.comparison:
+                say(f"{stage.name}: {told(stage.comparison)}")
+        say(f"report: {page}")
 
 
 def _parser() -> argparse.ArgumentParser:

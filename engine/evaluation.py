@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from r1.engine import rewards
+from r1.engine.comparison import compare
 from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Completion, Engine, SamplingParameters
 from r1.engine.evaluate_metrics import cons_at_k, pass_at_1
-from r1.engine.logs import StageProgress
+from r1.engine.logs import StageProgress, say
 from r1.engine.prompts import Deck, encode_prompts, reasoning_prompts
 from r1.engine.settings import Sampling
 from r1.engine.stage import StageRun, open_engine, seed_of, shared_map
@@ -70,8 +72,28 @@ def evaluate(run: StageRun, engine: Engine, tokenizer: Tokenizer) -> dict[str, A
     return result
 
 
+def evaluate_start(run: StageRun, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Measure what a stage starts with, as its end will be, in a folder inside the stage's."""
+    start = StageRun(run.config, run.name, "start")
+    if start.complete:
+        return
+    with run.timer.phase("evaluate"):
+        evaluate(start, engine, tokenizer)
+    start.finish("evaluation.json")
+
+
+def compare_with_start(run: StageRun, end: dict[str, Any]) -> None:
+    """Leave comparison.json of the start's evaluation and the `end`'s."""
+    path = run.folder / "start" / "evaluation.json"
+    if path.exists():
+        run.write("comparison.json", compare(json.loads(path.read_text(encoding="utf-8")), end))
+    else:
+        say(f"{run.title}: there is nothing to compare the end with, compare_start was not set when it started")
+
+
 def score(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The measures of k completions of every prompt, fractions in 0..1; "reward" is the mean of accuracy and format."""
+    """The measures of k completions of every prompt, fractions in 0..1; "reward" is the mean of accuracy and format.
+    "prompts" has a list of each of comparison.MEASURES, one number a prompt."""
 
     def of_prompt(pair: tuple[Prompt, Sequence[str]]) -> dict[str, Any]:
         prompt, group = pair
@@ -93,6 +115,8 @@ def score(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> dict[str
 
     overall = measure(rows)
     format_rate = sum(row["format"] for row in rows) / len(rows)
+    by_prompt = {"pass@1": [pass_at_1([row["accuracy"]]) for row in rows], "format": [row["format"] for row in rows]}
+    by_prompt["reward"] = [(a + f) / 2 for a, f in zip(by_prompt["pass@1"], by_prompt["format"], strict=True)]
     return {
         **overall,
         "format": format_rate,
@@ -100,6 +124,7 @@ def score(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> dict[str
         "reward": (overall["pass@1"] + format_rate) / 2,
         "k": len(texts[0]),
         "tasks": {name: measure(part) for name, part in sorted(tasks.items())},
+        "prompts": by_prompt,
     }
 
 

@@ -20,7 +20,7 @@ from r1.engine.data.tasks import Prompt
 from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Completion, Engine, Sample
 from r1.engine.errors import UserError
-from r1.engine.evaluation import completion_text, evaluate
+from r1.engine.evaluation import compare_with_start, completion_text, evaluate, evaluate_start
 from r1.engine.logs import StageProgress
 from r1.engine.partial import Group, roll_out
 from r1.engine.prompts import Deck, encode_prompts, everyday_prompts, reasoning_prompts
@@ -50,6 +50,8 @@ def run_grpo(config: Config, name: str, judge: Callable[[Config, Tokenizer], Jud
         Deck(max(1, len(general)), seed_of(config, name, "general")),
     )
     step = int(state["step"])
+    if run.settings.compare_start and step == 0:
+        evaluate_start(run, engine, tokenizer)
     left = [Group.from_state(group) for group in state.get("left", [])]
     with StageProgress(run.title, run.settings.steps, step) as progress:
         while step < run.settings.steps:
@@ -60,8 +62,10 @@ def run_grpo(config: Config, name: str, judge: Callable[[Config, Tokenizer], Jud
             samples, scores, metrics, left = _rollout(run, engine, tokenizer, settings, prompts, left, preference, step)
             step = _learn(run, engine, settings, samples, scores, metrics, left, step, progress)
     run.save(engine, step, force=True)
-    evaluate(run, engine, tokenizer)
+    result = evaluate(run, engine, tokenizer)
     engine.close()
+    if run.settings.compare_start:
+        compare_with_start(run, result)
     run.finish("checkpoint", "evaluation.json")
 
 

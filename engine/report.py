@@ -2,7 +2,8 @@
 
 Reads run_dir/<stage>/{metrics.jsonl, samples.jsonl, evaluation.json, timing.json} of whatever stages are there, also
 while the run still goes on. evaluation.json: {"pass@1", "cons@k", "format", "language_consistency", "reward",
-"length", "k", "tasks": {task: {"pass@1", "cons@k"}}}; of reward_model: {"heldout_accuracy"}.
+"length", "k", "tasks": {task: {"pass@1", "cons@k"}}, "prompts"}; of reward_model: {"heldout_accuracy"}. A stage with
+compare_start also leaves comparison.json and, in start/, the evaluation of what it began with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1.engine.comparison import MEASURES
 from r1.engine.errors import UserError
 from r1.engine.logs import read_jsonl, write_json
 from r1.engine.settings import STAGES
@@ -48,6 +50,12 @@ class Stage:
     timing: dict[str, Any]
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    comparison: dict[str, Any]
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a second model of another stage, whose time is inside that stage's."""
+        return self.name == "undistilled" or self.name.endswith("/start")
 
     @property
     def seconds(self) -> float:
@@ -66,13 +74,14 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def read_run(run_dir: str | Path) -> list[Stage]:
-    """The stages of a run in the order of the paper; the undistilled student follows the distilled one."""
+    """The stages of a run in the order of the paper; the undistilled student follows the distilled one, and what a
+    stage has measured of its start comes before it."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist")
     stages = []
     for name in STAGES:
-        folders = [(name, run_dir / name)]
+        folders = [(f"{name}/start", run_dir / name / "start"), (name, run_dir / name)]
         if name == "distill":
             folders.append(("undistilled", run_dir / name / "undistilled"))
         for title, folder in folders:
@@ -82,6 +91,7 @@ def read_run(run_dir: str | Path) -> list[Stage]:
                 _read_json(folder / "timing.json"),
                 read_jsonl(folder / "metrics.jsonl"),
                 read_jsonl(folder / "samples.jsonl"),
+                _read_json(folder / "comparison.json"),
             )
             if stage.evaluation or stage.timing or stage.metrics:
                 stages.append(stage)
@@ -95,13 +105,15 @@ def summarize(stages: Iterable[Stage]) -> dict[str, Any]:
     summary: dict[str, Any] = {"stages": {}}
     seconds = 0.0
     for stage in stages:
-        if stage.name != "undistilled":  # its time is inside distill's
+        if not stage.is_part:
             seconds += stage.seconds
         if "heldout_accuracy" in stage.evaluation:
             summary["reward_model"] = {"heldout_accuracy": stage.evaluation["heldout_accuracy"]}
         if "pass@1" in stage.evaluation:
             values = {**stage.evaluation, "seconds": stage.seconds}
             summary["stages"][stage.name] = {key: values.get(key) for key in SUMMARY_KEYS}
+        if stage.comparison:
+            summary.setdefault("comparisons", {})[stage.name] = stage.comparison
     summary["seconds"] = round(seconds, 3)
     return summary
 
@@ -141,7 +153,7 @@ img { max-width: 100%; } details { margin: .4rem 0; } summary { cursor: pointer;
 
 def _page(run_dir: Path, stages: list[Stage], summary: Mapping[str, Any]) -> str:
     evaluated = [stage for stage in stages if "pass@1" in stage.evaluation]
-    count = sum(stage.name != "undistilled" for stage in stages)
+    count = sum(not stage.is_part for stage in stages)
     parts = [
         f"<h1>r1: {html.escape(run_dir.name)}</h1>",
         f"<p class='note'>{count} stages in {_duration(summary['seconds'])}. Accuracy is measured on held-out prompts,"
@@ -152,6 +164,8 @@ def _page(run_dir: Path, stages: list[Stage], summary: Mapping[str, Any]) -> str
     if "reward_model" in summary:
         accuracy = summary["reward_model"]["heldout_accuracy"]
         parts.append(f"<p>The reward model ranks <b>{_percent(accuracy)}</b> of the held-out pairs rightly.</p>")
+    if any(stage.comparison for stage in stages):
+        parts += ["<h2>Start and end</h2>", _comparison_table([stage for stage in stages if stage.comparison])]
     if any(stage.evaluation.get("tasks") for stage in evaluated):
         parts += ["<h2>Accuracy by task</h2>", _task_table(evaluated)]
     parts += _before_and_after(evaluated)
@@ -178,7 +192,12 @@ def _page(run_dir: Path, stages: list[Stage], summary: Mapping[str, Any]) -> str
 
 
 def _title(stage: Stage) -> str:
-    return TITLES.get(stage.name, html.escape(stage.name))
+    return html.escape(_plain_title(stage))
+
+
+def _plain_title(stage: Stage) -> str:
+    name, slash, _ = stage.name.partition("/")
+    return f"Start of {TITLES.get(name, name)}" if slash else TITLES.get(name, name)
 
 
 def _percent(value: Any) -> str:
@@ -228,6 +247,17 @@ def _task_table(stages: list[Stage]) -> str:
         cells = [f"{_percent(result.get('pass@1'))} / {_percent(result.get('cons@k'))}" for result in results]
         rows.append(_row([_title(stage), *cells]))
     return f"<table>{''.join(rows)}</table>"
+
+
+def _comparison_table(stages: list[Stage]) -> str:
+    rows = [_row(["stage, measure", "start", "end", "p"], "th")]
+    for stage in stages:
+        for name in MEASURES:
+            found = stage.comparison[name]
+            cells = [f"{_title(stage)}, {name}", _percent(found["start"]), _percent(found["end"])]
+            rows.append(_row([*cells, f"{found['p']:.1g}"]))
+    note = "The same held-out prompts before the first step and after the last; one-sided paired permutation test."
+    return f"<p class='note'>{note}</p><table>{''.join(rows)}</table>"
 
 
 def _time_table(stages: list[Stage]) -> str:
@@ -312,7 +342,7 @@ def _overview(stages: list[Stage]) -> bytes:
     """pass@1 and language consistency of every evaluated model, as bars."""
     figure = _figure(11, 3.2)
     axes = figure.subplots()
-    labels = [TITLES.get(stage.name, stage.name).replace(": ", ":\n").replace(" (", "\n(") for stage in stages]
+    labels = [_plain_title(stage).replace(": ", ":\n").replace(" (", "\n(") for stage in stages]
     for shift, key, colour in ((-0.2, "pass@1", "#2f6fb7"), (0.2, "language_consistency", "#e0913a")):
         heights = [100 * float(stage.evaluation.get(key) or 0.0) for stage in stages]
         bars = axes.bar(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 LEAST_TEMPERATURE, MOST_BIAS = 1e-3, 1e9  # what scores in float32 bear
 BLOCK = 256  # tokens that race among themselves
+SORTED_FIRST = 1024  # likeliest tokens that a CPU puts in order before it sorts a whole vocabulary
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
 
@@ -153,21 +154,49 @@ def draw(logits_BV: Tensor, streams_B: Tensor, places_B: Tensor, rules: Rules) -
     scaled_BV = scores_BV if rules.temperature_B1 is None else scores_BV / rules.temperature_B1
     weights_BV = scaled_BV.softmax(-1)
     if rules.top_p_B1 is not None or rules.top_k_B1 is not None:
-        weights_BV = _of_the_likeliest(weights_BV, rules)
+        weights_BV = _of_the_likeliest(weights_BV, rules.top_k_B1, rules.top_p_B1)
     if rules.min_p_B1 is not None:
         weights_BV = weights_BV * (weights_BV >= rules.min_p_B1 * weights_BV.amax(-1, keepdim=True))
     ids = _race(weights_BV, streams_B, places_B)
     return ids if rules.greedy_B is None else torch.where(rules.greedy_B, scores_BV.argmax(-1), ids)
 
 
-def _of_the_likeliest(weights_BV: Tensor, rules: Rules) -> Tensor:
-    ordered, order = weights_BV.sort(dim=-1, descending=True, stable=True)
-    if rules.top_k_B1 is not None:
-        ordered = ordered * (torch.arange(ordered.shape[1], device=ordered.device) < rules.top_k_B1)
-    if rules.top_p_B1 is not None:
-        reached = ordered.cumsum(-1, dtype=torch.float64)
-        ordered = ordered * (reached - ordered < rules.top_p_B1 * reached[:, -1:])
-    return torch.zeros_like(ordered).scatter_(1, order, ordered)
+def _of_the_likeliest(weights_BV: Tensor, top_k_B1: Tensor | None, top_p_B1: Tensor | None) -> Tensor:
+    """The weights of what top_k and top_p leave, 0 elsewhere."""
+    if weights_BV.device.type == "cpu" and weights_BV.shape[1] > SORTED_FIRST:
+        # To sort a large vocabulary takes a CPU as long as a small model takes to make it.
+        ids_BN = weights_BV.topk(SORTED_FIRST, -1).indices.sort(-1).values
+        some_BN, order_BN = weights_BV.gather(1, ids_BN).sort(dim=-1, descending=True, stable=True)
+        kept_BN = _kept(some_BN, weights_BV, top_k_B1, top_p_B1)
+        result_BV = torch.zeros_like(weights_BV).scatter_(1, ids_BN.gather(1, order_BN), some_BN * kept_BN)
+        # Where the last is kept, or another as likely, some that are not here may be kept too.
+        unsure_B = (kept_BN & (some_BN == some_BN[:, -1:])).any(-1)
+        if unsure_B.any():
+            top_k_B1, top_p_B1 = (None if x is None else x[unsure_B] for x in (top_k_B1, top_p_B1))
+            result_BV[unsure_B] = _of_all(weights_BV[unsure_B], top_k_B1, top_p_B1)
+        return result_BV
+    return _of_all(weights_BV, top_k_B1, top_p_B1)
+
+
+def _of_all(weights_BV: Tensor, top_k_B1: Tensor | None, top_p_B1: Tensor | None) -> Tensor:
+    ordered_BV, order_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
+    kept_BV = _kept(ordered_BV, weights_BV, top_k_B1, top_p_B1)
+    return torch.zeros_like(weights_BV).scatter_(1, order_BV, ordered_BV * kept_BV)
+
+
+def _kept(ordered_BN: Tensor, weights_BV: Tensor, top_k_B1: Tensor | None, top_p_B1: Tensor | None) -> Tensor:
+    """Which of the N likeliest tokens, in order, may be drawn."""
+    kept_BN, N = torch.ones_like(ordered_BN, dtype=torch.bool), ordered_BN.shape[1]
+    if top_k_B1 is not None:
+        kept_BN &= torch.arange(N, device=ordered_BN.device) < top_k_B1
+    if top_p_B1 is not None:
+        left_BN = ordered_BN * kept_BN
+        reached_BN = left_BN.cumsum(-1, dtype=torch.float64)
+        all_B1 = weights_BV.sum(-1, keepdim=True, dtype=torch.float64)
+        if top_k_B1 is not None:  # top_p is of what top_k leaves
+            all_B1 = torch.where(top_k_B1 <= N, reached_BN[:, -1:], all_B1)
+        kept_BN &= reached_BN - left_BN < top_p_B1 * all_B1
+    return kept_BN
 
 
 def _race(weights_BV: Tensor, streams_B: Tensor, places_B: Tensor) -> Tensor:

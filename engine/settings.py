@@ -38,6 +38,17 @@ class Section(BaseModel):
 class TokenizerConfig(Section):
     path: str | None = Field(None, description="tokenizer.json or a Hugging Face tokenizer folder; none trains one")
     vocab_size: Count = Field(129280, description="tokens of the tokenizer that pretrain trains when path is not given")
+    prompt_template: str | None = Field(
+        None,
+        description="all that the model reads before its completion, with {question} in it; default: r1's control"
+        " tokens where the tokenizer has them, else the R1 paper's template",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prompt_template is not None and self.prompt_template.count("{question}") != 1:
+            raise ValueError(f"prompt_template = {self.prompt_template!r}, wanted a text with {{question}} in it, once")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -207,6 +218,7 @@ class GrpoStage(StageConfig, Sampling):
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
     general_fraction: Rate = Field(0.0, description="general prompts among the prompts of a step")
+    compare_start: bool = Field(False, description="measure the start as well, and test whether the end is better")
     rewards: list[RewardConfig] = [RewardConfig(name="accuracy"), RewardConfig(name="format")]
 
     @property

@@ -37,12 +37,12 @@ def seed_of(config: Config, *names: object) -> int:
 
 def load_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the configuration, else the one that pretrain left in the run's folder."""
-    if config.tokenizer.path is not None:
-        return Tokenizer.load(config.tokenizer.path)
-    path = Path(config.run_dir) / "tokenizer.json"
-    if not path.exists():
+    path = Path(config.tokenizer.path or Path(config.run_dir) / "tokenizer.json")
+    if config.tokenizer.path is None and not path.exists():
         raise UserError(f"there is no tokenizer: set tokenizer.path, or run `r1 run pretrain` first to make {path}")
-    return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    tokenizer.prompt_template = config.tokenizer.prompt_template
+    return tokenizer
 
 
 def checkpoint_of(config: Config, source: str) -> Path:

@@ -198,8 +198,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids before the completion: `<bos><user>question<assistant>` where the tokenizer has these tokens (the
-    tiny preset), R1-Zero's template text otherwise. A completion ends with eos."""
+    """Token ids before the completion: the tokenizer's prompt template if it has one, `<bos><user>question<assistant>`
+    where it has these tokens (the tiny preset), R1-Zero's template text otherwise. A completion ends with eos."""
+    if tokenizer.prompt_template is not None:
+        return tokenizer.encode(tokenizer.prompt_template.replace("{question}", prompt.text))
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     user, assistant = tokenizer.token_id(USER), tokenizer.token_id(ASSISTANT)
     if user is None or assistant is None:

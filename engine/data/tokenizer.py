@@ -39,8 +39,11 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes: `vocab_size` (int, highest id + 1; the model pads it as it needs), `bos_id` (int, or None for
-    families without one), `eos_id` and `pad_id` (int; a family without a pad token pads with eos).
+    families without one), `eos_id` and `pad_id` (int; a family without a pad token pads with eos); `prompt_template`
+    (str, what a model is to read before its completion, with {question} in it; None for r1's own forms).
     """
+
+    prompt_template: str | None = None
 
     def __init__(self, backend: Backend, *, bos: str | None = None, eos: str | None = None, pad: str | None = None):
         self._backend = backend

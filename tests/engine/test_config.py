@@ -121,6 +121,7 @@ def test_schedule_changes_settings_from_its_step_on() -> None:
         ('stages.r1_zero.rewards=[{name="acuracy"}]', "did you mean accuracy?"),
         ("stages.r1_zero.schedule=[{at_step=3, set={max_completion_token=9}}]", "did you mean max_completion_tokens?"),
         ("stages.r1_zero.steps=0", "stages.r1_zero.steps = 0"),
+        ('tokenizer.prompt_template="Question:"', "wanted a text with {question} in it, once"),
         ("stages.r1_zero.schedule=[{at_step=3, set={temperature=0.0}}]", "temperature = 0"),
         ("stages.r1_zero.completions_per_prompt=1", "no group"),
         ("stages.r1_zero.max_completion_tokens=100000", "max_positions"),

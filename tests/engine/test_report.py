@@ -70,6 +70,20 @@ def test_summary_has_the_agreed_shape(tmp_path: Path) -> None:
     assert summary["seconds"] == 10 + 11 + 12 + 13 + 5 + 2
 
 
+def test_a_stage_that_measured_its_start_shows_both(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    comparison = {name: {"start": 0.125, "end": 0.875, "p": 3e-7} for name in ("pass@1", "format", "reward")}
+    write_json(tmp_path / "r1_zero" / "comparison.json", {**comparison, "prompts": 96, "k": 4})
+    write_json(tmp_path / "r1_zero" / "start" / "evaluation.json", evaluation(0.3))
+    write_json(tmp_path / "r1_zero" / "start" / "timing.json", {"seconds": 4.0})
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "Start of R1-Zero" in text and "87.5 %" in text and "3e-07" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["comparisons"]["r1_zero"]["pass@1"]["p"] == 3e-7
+    assert list(summary["stages"])[1:3] == ["r1_zero/start", "r1_zero"]
+    assert summary["seconds"] == 10 + 11 + 12 + 13 + 5 + 2  # the start's seconds are the stage's
+
+
 def test_page_needs_nothing_else_and_shows_samples_as_text(tmp_path: Path) -> None:
     make_run(tmp_path)
     text = write_report(tmp_path).read_text()

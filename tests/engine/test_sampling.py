@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from r1.engine import sampling as drawing
 from r1.engine.sampling import Rules, SamplingParameters, draw, exponentials, reported, streams
 
 CUTS = [
@@ -124,6 +125,23 @@ def test_what_is_reported(seed: int) -> None:
     before, _, none = reported(logits, ids, Rules([SamplingParameters(1, 0.5, logprobs="before_temperature")] * 4, CPU))
     torch.testing.assert_close(before, logits.log_softmax(-1).gather(1, ids[:, None]).squeeze(1))
     assert none.shape == (4, 0)
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
+def test_a_large_vocabulary_is_cut_as_if_it_were_sorted_whole(
+    seed: int, scale: float, coarse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what may be drawn ends beyond the tokens that are looked at first, or among equals; row by row."""
+    logits_BV = scale * torch.randn(8, 5000)
+    weights_BV = (logits_BV.round() if coarse else logits_BV).softmax(-1)
+    for cuts in ({"top_p": 0.95}, {"top_p": 0.3}, {"top_k": 1024}, {"top_k": 3000}, {"top_k": 100, "top_p": 0.5}):
+        rules = Rules([SamplingParameters(1, **cuts)] * 6 + [SamplingParameters(1)] * 2, CPU)
+        found_BV = drawing._of_the_likeliest(weights_BV, rules.top_k_B1, rules.top_p_B1)
+        with monkeypatch.context() as patch:
+            patch.setattr(drawing, "SORTED_FIRST", 5000)
+            wanted_BV = drawing._of_the_likeliest(weights_BV, rules.top_k_B1, rules.top_p_B1)
+        assert torch.equal(found_BV, wanted_BV) and (found_BV > 0).any(-1).all()
 
 
 def test_bias_is_added_to_the_scores(seed: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from r1.engine import cli, grpo
+from r1.engine.comparison import compare
 from r1.engine.config import config_from, load_config
 from r1.engine.data.tasks import Prompt
 from r1.engine.engine import Sample
@@ -160,6 +161,24 @@ def test_schedule_changes_settings_of_every_training_stage(whole: Path, tmp_path
     assert cli.main(["run", "sft", "--config", str(MICRO), *arguments]) == 0
     rates = [row["lr"] for row in read_jsonl(tmp_path / "sft" / "metrics.jsonl")]
     assert len(rates) > 2 and rates[:2] == [1e-3] * 2 and set(rates[2:]) == {1e-5}
+
+
+def test_start_and_end_are_compared(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The start is measured as what made it was, and nobody who trains notices."""
+    settings = [f"tokenizer.path={whole}/tokenizer.json", f"stages.r1_zero.from={whole / 'pretrain'}"]
+    settings += [f"run_dir={tmp_path}", "stages.r1_zero.compare_start=true"]
+    command = ["run", "r1_zero", "--config", str(MICRO), *(part for s in settings for part in ("--set", s))]
+    assert cli.main(command) == 0
+    stage = tmp_path / "r1_zero"
+    start, end, theirs = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (stage / "start", stage, whole / "pretrain")
+    )
+    assert start == theirs
+    assert (stage / "checkpoint" / "state.json").exists() and end["prompts"].keys() == start["prompts"].keys()
+    assert json.loads((stage / "comparison.json").read_text()) == compare(start, end)
+    assert "r1_zero: start → end on 6 held-out prompts, 2 completions each" in capsys.readouterr().err
+    ours, undisturbed = (read_jsonl(folder / "r1_zero" / "metrics.jsonl") for folder in (tmp_path, whole))
+    assert [row["loss"] for row in ours] == [row["loss"] for row in undisturbed]
 
 
 def test_several_minibatches_a_rollout(whole: Path, tmp_path: Path) -> None:

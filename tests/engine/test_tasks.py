@@ -85,6 +85,9 @@ def test_template_of_r1_zero_and_the_compact_one(tmp_path):
     assert "User: 2+2=. Assistant:" in prompt_text(prompt)
     tokenizer = train_tokenizer(["2+2=", prompt_text(prompt)] * 3, 300)
     assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == "<bos><user>2+2=<assistant>"
+    tokenizer.prompt_template = "<user>1+1=<assistant>{answer} 2<eos><user>{question}<assistant>"
+    wanted = "<user>1+1=<assistant>{answer} 2<eos><user>2+2=<assistant>"
+    assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == wanted
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
