@@ -297,13 +297,14 @@ class Engine:
             self.finish_save()
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Give what is saved in the background its name, waiting for it or (`wait=False`) if it is ready; whether
-        nothing is left to do. CheckpointError where it could not be written."""
+        """Give what is saved in the background its name, waiting for it or (`wait=False`) if it is ready; whether it
+        did. CheckpointError where it could not be written."""
         writing = self._writing
-        if writing is not None and (wait or writing.done()):
-            self._writing = None
-            writing.finish()
-        return self._writing is None
+        if writing is None or not (wait or writing.done()):
+            return False
+        self._writing = None
+        writing.finish()
+        return True
 
     def load(self, path: str | Path, optimizer: bool = False) -> dict[str, Any]:
         """Read a checkpoint of any layout, or the weights of a Hugging Face folder; with `optimizer` all that training

@@ -85,10 +85,10 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if any((path / name).exists() for name in ("state.json", "config.json")):
         return path
-    inside = sorted(path.glob("*/state.json"), key=lambda file: file.stat().st_mtime)
+    unfinished = ("r1-partial", "r1-old")
+    inside = [file.parent for file in path.glob("*/state.json") if not file.parent.name.endswith(unfinished)]
     if not inside:
         known = "does not exist" if not path.exists() else "holds no checkpoint"
-        raise UserError(
-            f"checkpoint {path} {known}, wanted a folder with a state.json, as a stage leaves it, or a config.json"
-        )
-    return inside[-1].parent
+        raise UserError(f"checkpoint {path} {known}, wanted a folder with a state.json or config.json")
+    kept = [folder for folder in inside if ".step-" not in folder.name]  # else only older ones are left
+    return max(kept or inside, key=lambda folder: (folder / "state.json").stat().st_mtime)

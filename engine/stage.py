@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from r1.engine.settings import STAGES, Config
 from r1.parallel import checkpoint
 from r1.parallel.config import ModelConfig
 from r1.parallel.convert import is_hugging_face
+from r1.parallel.folders import CheckpointError
 from r1.parallel.fp8 import forget_quantized
 
 Item = TypeVar("Item")
@@ -198,19 +200,25 @@ class StageRun:
             raise Stopped(f"{self.title}: stopped after {step} steps, as {self._stop_file} asked")
 
     def _save(self, engine: Engine, step: int, state: Callable[[], dict[str, Any]] | None, force: bool) -> None:
-        if step != self._saved_step and (force or step - self._saved_step >= self.settings.save_interval_steps):
+        begins = step != self._saved_step and (force or step - self._saved_step >= self.settings.save_interval_steps)
+        if begins:
             with self.timer.phase("checkpoint"):
-                engine.finish_save()
-                self._drop_old()
-                score = sum(self._scores) / len(self._scores) if self._scores else None
+                engine.finish_save()  # so that what is kept next is what is there now
+                score = sum(self._scores) / max(1, len(self._scores))
+                finite = bool(self._scores) and math.isfinite(score)
                 engine.save(
                     self.checkpoint,
-                    {"stage": self.name, "step": step, "score": score, **(state() if state else {})},
+                    {
+                        "stage": self.name,
+                        "step": step,
+                        "score": score if finite else None,
+                        **(state() if state else {}),
+                    },
                     keep=self._keep_as(),
                     background=self.settings.save_in_background,
                 )
             self._saved_step, self._scores = step, []
-        if engine.finish_save(wait=force) and force:
+        if engine.finish_save(wait=force) or begins:
             self._drop_old()
 
     def _keep_as(self) -> Path | None:
@@ -221,9 +229,15 @@ class StageRun:
         return self.checkpoint.with_name(f"checkpoint.step-{step:06}")
 
     def _drop_old(self) -> None:
-        """Delete the checkpoints that are neither among the newest nor the best."""
+        """Delete the checkpoints that are neither among the newest nor the best. What cannot be deleted stays."""
         if not is_main_process():
             return
+        try:
+            self._drop()
+        except (OSError, CheckpointError) as error:
+            say(f"{self.title}: older checkpoints are left in {self.folder}: {error}")
+
+    def _drop(self) -> None:
         kept = sorted(self.folder.glob("checkpoint.step-*"), reverse=True)
         surplus = kept[self.settings.keep_checkpoints - 1 :]
         if self.settings.keep_best and surplus:

@@ -9,6 +9,7 @@ all is read before any weight changes.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from r1.parallel import folders
 from r1.parallel.config import ModelConfig
 from r1.parallel.folders import CheckpointError
 from r1.parallel.fp8 import forget_quantized
+from r1.parallel.huggingface import differences
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.saving import MANIFEST, Writing, crc32_of, reference_state, save
 from r1.parallel.trainer import Trainer
@@ -105,6 +107,11 @@ def _check_shape(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
             raise CheckpointError(
                 f"checkpoint {folder} has model.{name} = {getattr(theirs, name)}, this model has {getattr(ours, name)}"
             )
+    model, positions = differences(theirs, ours)
+    if model:
+        raise CheckpointError(f"checkpoint {folder} has {model[0]}")
+    if positions and trainer.world.is_main:
+        warnings.warn(f"checkpoint {folder} has {positions[0]}: a longer context?", stacklevel=2)
 
 
 _SHAPE_FIELDS = (

@@ -38,6 +38,11 @@ class YarnConfig(Section):
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether this is how a preset leaves out what the one that it extends has."""
+        return self.factor == 1
+
 
 class Llama3RopeConfig(Section):
     """Context extension of Llama 3.1 (arXiv 2407.21783)."""

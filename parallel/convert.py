@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,28 +21,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.state_dict_utils import apply_factories
 from torch import Tensor
 
+from r1.parallel.agreement import Rounds, Told, agree
 from r1.parallel.config import ModelConfig
 from r1.parallel.folders import CheckpointError, recover
 from r1.parallel.fp8 import forget_quantized
-from r1.parallel.hf_reader import SUMS, Source, checksums, damaged
-from r1.parallel.huggingface import Part, hf_config, model_config_from_hf, parts
+from r1.parallel.hf_reader import SUMS, Source, check_sum, checksums
+from r1.parallel.huggingface import Part, differences, model_config_from_hf, parts
 from r1.parallel.model import data_shape, sharded_state
 from r1.parallel.trainer import Trainer
-
-__all__ = [
-    "Dtype",
-    "gathered",
-    "hf_config",
-    "is_hugging_face",
-    "load_hf",
-    "model_config_from_hf",
-    "read_config",
-]
 
 # fp8: the layers' matrices in blocks with scales, as DeepSeek-V3 is published, and the rest in bfloat16.
 Dtype = Literal["fp8", "bfloat16", "float16", "float32"]
 
-
+BYTES_BETWEEN_MEETINGS = 4 << 30
 Tell = Callable[[int, int], None]
 
 
@@ -60,12 +53,10 @@ CARRIED = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tiktoken.model",
     "chat_template.jinja",
     "chat_template.json",
 )
-
-# A model may read fewer positions, or leave multi-token prediction out; and this is for new weights only.
-_MAY_DIFFER = {"max_position_embeddings", "num_nextn_predict_layers", "initializer_range"}
 
 # ------------------------------------------------------------------------------------------------ loading
 
@@ -80,24 +71,27 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Dtype]:
 
     CheckpointError where the folder is not whole, or the model not one of ours.
     """
-    folder = recover(Path(folder), SUMS)
-    source = Source(folder)
-    try:
-        model = model_config_from_hf(_json(folder / "config.json"))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    return model, _stored_dtype(source)
+    source = Source(recover(Path(folder), SUMS))
+    return _model_of(source), _stored_dtype(source)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _model_of(source: Source) -> ModelConfig:
+    assert source.folder is not None
+    path = source.folder / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        model = model_config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, which says what model it is") from None
+        raise CheckpointError(f"{source.folder} has no config.json, which says what model it is") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if f"model.layers.{model.num_layers}.eh_proj.weight" not in source.shapes:
+        model = model.model_copy(update={"num_mtp_layers": 0})  # transformers saves none, whatever config.json says
+    return model
 
 
 def _stored_dtype(source: Source) -> Dtype:
-    found = {dtype for name, dtype in source.dtypes.items() if not name.endswith("e_score_correction_bias")}
+    aside = ("e_score_correction_bias", "inv_freq")
+    found = {dtype for name, dtype in source.dtypes.items() if not name.endswith(aside)}
     if "F8_E4M3" in found:
         return "fp8"
     narrow: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
@@ -113,51 +107,55 @@ def load_hf(trainer: Trainer, source: Mapping[str, Tensor] | str | Path, tell: T
     of this model's, or has another shape, or a file is not what its checksum says; and, when some weights are loaded,
     where a value is not finite. `tell` is called with (tensors done, tensors in all), of this process.
     """
-    world = trainer.world
-    read = Source(source if isinstance(source, Mapping) else recover(Path(source), SUMS))
-    if read.folder is not None and (read.folder / "config.json").is_file():
-        _check_config(trainer.model_config, read.folder)
-    tiles = _tiles(trainer, read)
-    if read.folder is not None:
-        sums = sorted(checksums(read.folder).items())
-        agree(damaged(read.folder, dict(sums[world.rank :: world.size])))
-    agree(_unlike_copy(tiles, read) if world.is_main else None)
-    views = [(shard.key, tuple(shard.global_offset), shard.data.view(data_shape(shard))) for shard in _shards(trainer)]
+    world, catalogue = trainer.world, catalogue_of(trainer)
+    told = Told(lambda error: f"the Hugging Face checkpoint cannot be read: {type(error).__name__}: {error}")
+    with told:  # another process's disk may have it otherwise
+        read = Source(source if isinstance(source, Mapping) else recover(Path(source), SUMS))
+        if read.folder is not None and (read.folder / "config.json").is_file():
+            _check_config(trainer, read)
+        tiles = _tiles(trainer.model_config, catalogue, read)
+        sums = sorted(checksums(read.folder).items()) if read.folder is not None else []
+    agree(told.problem)
+    rounds = Rounds(world)
+    with told:
+        for file, value in sums[world.rank :: world.size]:
+            rounds.beat()
+            check_sum(read.folder / file, value)
+        if world.is_main:
+            _check_copies(tiles, read)
+    rounds.agree(told.problem)
+    shards = [(s.key, tuple(s.global_offset), s.data.view(data_shape(s))) for s in _shards(trainer)]
     jobs = [
         (read.place(part.name), part, view, both)
-        for key, offset, view in views
+        for key, offset, view in shards
         for part in tiles[key]
         if not part.copy and (both := _overlap(part, offset, tuple(view.shape)))
     ]
-    problem = None
-    try:
+    with told:
         for number, (_, part, view, (here, there)) in enumerate(sorted(jobs, key=lambda job: job[0])):
             tell(number, len(jobs))
+            rounds.beat()
             target = view[here]
             read.copy_to(target.T if part.transposed else target, part.name, _turned(part, there))
-    except CheckpointError as error:
-        problem = str(error)
-    agree(problem)
+    rounds.agree(told.problem)
     if trainer.optimizer is not None:
         trainer.optimizer.reload_model_params()
     forget_quantized(trainer.chunks)
     return _carried(read) if world.is_main and read.folder is not None else {}
 
 
-def _check_config(model: ModelConfig, folder: Path) -> None:
+def _check_config(trainer: Trainer, read: Source) -> None:
     """CheckpointError where the folder's weights are of a model that computes something else."""
-    theirs, ours = hf_config(read_config(folder)[0]), hf_config(model)
-    for name in sorted((theirs.keys() | ours.keys()) - _MAY_DIFFER):
-        if theirs.get(name) != ours.get(name):
-            raise CheckpointError(
-                f"{folder / 'config.json'} has {name} = {theirs.get(name)}, this model has {ours.get(name)}"
-            )
+    model, positions = differences(_model_of(read), trainer.model_config)
+    if model:
+        raise CheckpointError(f"{read.folder}/config.json has {model[0]}")
+    if positions and trainer.world.is_main:
+        warnings.warn(f"{read.folder}/config.json has {positions[0]}: a longer context?", stacklevel=3)
 
 
-def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
+def _tiles(model: ModelConfig, catalogue: Mapping[str, Any], read: Source) -> dict[str, list[Part]]:
     """{our tensor: the Hugging Face tensors in it}; CheckpointError where these are not the ones of the checkpoint."""
-    model = trainer.model_config
-    tiles = {key: parts(model, key, shape) for key, (shape, _) in catalogue_of(trainer).items()}
+    tiles = {key: parts(model, key, shape) for key, (shape, _) in catalogue.items()}
     for part in (part for found in tiles.values() for part in found if not part.copy):
         if part.name not in read.shapes:
             raise CheckpointError(f"the Hugging Face checkpoint has no tensor {part.name}, which this model needs")
@@ -173,12 +171,13 @@ def _tiles(trainer: Trainer, read: Source) -> dict[str, list[Part]]:
     return tiles
 
 
-def _unlike_copy(tiles: dict[str, list[Part]], read: Source) -> str | None:
+def _check_copies(tiles: dict[str, list[Part]], read: Source) -> None:
     for original, *others in tiles.values():
         for part in others:
             if part.copy and part.name in read.shapes and not read.same(part.name, original.name):
-                return f"{part.name} is not the same as {original.name}: this model keeps one of them for both"
-    return None
+                raise CheckpointError(
+                    f"{part.name} is not the same as {original.name}: this model keeps one of them for both"
+                )
 
 
 def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) -> bool:
@@ -187,15 +186,6 @@ def _may_be_left_out(model: ModelConfig, name: str, names: Mapping[str, Any]) ->
     # MTP layers that this model does not have, but no main layer.
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and int(layer[1]) >= model.num_layers and f"{layer[0]}eh_proj.weight" in names
-
-
-def agree(problem: str | None) -> None:
-    """CheckpointError on every process for what the first of them found. Collective."""
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found:
-            raise CheckpointError(found)
 
 
 def _overlap(
@@ -270,6 +260,7 @@ def gathered(trainer: Trainer, parts_of: Callable[[str, tuple[int, ...]], list[P
     on the others. Collective: every process runs it to its end."""
     rank, device = trainer.world.rank, trainer.world.device
     mine = {(t.key, tuple(t.global_offset)): t for t in _shards(trainer) if is_main_replica(t.replica_id)}
+    unwritten = 0
     for key, (shape, slices) in catalogue_of(trainer).items():
         for part in parts_of(key, shape):
             whole = torch.empty(part.shape, dtype=slices[0][-1], device=device) if trainer.world.is_main else None
@@ -289,3 +280,7 @@ def gathered(trainer: Trainer, parts_of: Callable[[str, tuple[int, ...]], list[P
                 whole[_turned(part, there)] = data.T if part.transposed else data
             if whole is not None:
                 yield part, whole
+            unwritten += prod(part.shape) * slices[0][-1].itemsize
+            if unwritten > BYTES_BETWEEN_MEETINGS:  # nobody waits longer than it takes to write so much
+                dist.barrier()
+                unwritten = 0

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load
 from torch import Tensor
 
 from r1.kernels.fp8 import BLOCK, dequantize, quantize_128x128
+from r1.parallel.agreement import Rounds, Told
 from r1.parallel.config import ModelConfig
-from r1.parallel.convert import CARRIED, SCALES, Dtype, Tell, agree, catalogue_of, gathered, nothing
-from r1.parallel.folders import CheckpointError, begin, partial_of, publish, recover, unwritten
+from r1.parallel.convert import CARRIED, SCALES, Dtype, Tell, catalogue_of, gathered, nothing
+from r1.parallel.folders import CheckpointError, begin, partial_of, publish, recover, unwritten, write_bytes
 from r1.parallel.hf_reader import SCALE, SUMS, TYPES
 from r1.parallel.hf_writer import FolderWriter, Planned, write_json, write_sums
 from r1.parallel.huggingface import Part, hf_config, model_config_from_hf, parts
@@ -50,49 +52,44 @@ def export_hf(
     it is whole; an earlier export is replaced. `tell` is called with (tensors done, tensors in all). CheckpointError,
     on every process, where the folder holds other things or cannot be written.
     """
-    folder, carried = Path(folder), carried or {}
-    config = json.loads(carried.get("config.json", b"{}"))
+    folder, carried, world = Path(folder).absolute(), carried or {}, trainer.world
+    read = json.loads(carried.get("config.json", b"{}"))
     if dtype is None:
-        dtype = "fp8" if SCALES in carried else config.get("torch_dtype", trainer.parallel.dtype)
+        dtype = "fp8" if SCALES in carried else read.get("torch_dtype", trainer.parallel.dtype)
+    choice = [dtype]  # the main process knows what was read
+    dist.broadcast_object_list(choice, src=0)
+    dtype = choice[0]
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype = {dtype!r}, wanted one of {', '.join(get_args(Dtype))}")
-    model, main = trainer.model_config, trainer.world.is_main
-    config = _config(model, config, dtype)
-    problem, writer = None, None
-    plan = [  # of the whole model, on every process
+    model = trainer.model_config
+    config = _config(model, read, dtype)
+    plan = [
         _planned(part, dtype) for key, (shape, _) in catalogue_of(trainer).items() for part in parts(model, key, shape)
     ]
-    if main:
-        # The others must not wait for one that has failed: what goes wrong here is told at the end.
-        recover(folder, SUMS)
-        try:
-            writer = FolderWriter(begin(folder, "config.json"), plan)
-        except CheckpointError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = unwritten(folder, error)
-    done = 0
-    scales = load(carried[SCALES]) if SCALES in carried and dtype == "fp8" else {}
-    for part, tensor in gathered(trainer, lambda key, shape: parts(model, key, shape)):
-        if writer is not None and problem is None:
-            try:
-                for planned, value in zip(_planned(part, dtype), _stored(part, tensor, dtype, scales)):
-                    writer.write(planned.name, value)
-            except OSError as error:
-                problem = unwritten(folder, error)
-        done += 1
+    told = Told(lambda error: unwritten(folder, error))
+    if world.is_main:
+        with told:
+            recover(folder, SUMS)
+            scales = load(carried[SCALES]) if SCALES in carried and dtype == "fp8" else {}
+            power_of_two = config.get("quantization_config", {}).get("scale_fmt") == "ue8m0"
+            writer = FolderWriter(begin(folder, SUMS), plan)
+    for done, (part, tensor) in enumerate(gathered(trainer, lambda key, shape: parts(model, key, shape))):
         tell(done, len(plan))
-    if writer is not None and problem is None:
-        try:
+        if told.problem is None:
+            with told:
+                values = _stored(part, tensor, dtype, scales, power_of_two)
+                for planned, value in zip(_planned(part, dtype), values, strict=True):
+                    writer.write(planned.name, value)
+    rounds = Rounds(world)
+    if world.is_main and told.problem is None:
+        with told:
             writer.finish()
             _write_others(writer.folder, config, tokenizer, carried)
-            write_sums(writer.folder)
+            write_sums(writer.folder, rounds.beat)
             publish(folder)
-        except OSError as error:
-            problem = unwritten(folder, error)
-    if problem is not None:
+    if world.is_main and told.problem is not None:
         shutil.rmtree(partial_of(folder), ignore_errors=True)
-    agree(problem)
+    rounds.agree(told.problem)
 
 
 def _planned(part: Part, dtype: Dtype) -> list[Planned]:
@@ -103,11 +100,14 @@ def _planned(part: Part, dtype: Dtype) -> list[Planned]:
     return [Planned(part.name, "F32" if kept else _TYPES[dtype], part.shape)]
 
 
-def _stored(part: Part, tensor: Tensor, dtype: Dtype, scales: Mapping[str, Tensor]) -> list[Tensor]:
+def _stored(part: Part, tensor: Tensor, dtype: Dtype, scales: Mapping[str, Tensor], power_of_two: bool) -> list[Tensor]:
     planned = _planned(part, dtype)
+    plain = tensor if len(planned) == 2 else tensor.to(TYPES[planned[0].dtype])
+    if not torch.isfinite(plain).all():
+        raise CheckpointError(f"{part.name} has values that are not finite in {plain.dtype}: nothing was written")
     if len(planned) == 1:
-        return [tensor.to(TYPES[planned[0].dtype])]
-    q, scale = quantize_128x128(tensor)
+        return [plain]
+    q, scale = quantize_128x128(tensor, power_of_two)
     before = scales.get(planned[1].name)
     if before is None or before.shape != scale.shape:
         return [q, scale]
@@ -121,14 +121,21 @@ def _stored(part: Part, tensor: Tensor, dtype: Dtype, scales: Mapping[str, Tenso
     return [q, torch.where(changed, scale, before)]
 
 
-def _config(model: ModelConfig, carried: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """config.json: the one that was read, where it still says what the model is."""
-    config = hf_config(model)
-    if carried and hf_config(model_config_from_hf(carried)) == config:
-        config = dict(carried)
-    config.pop("quantization_config", None)
+def _config(model: ModelConfig, read: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """config.json: what was read, but where the model is another by now."""
+    config, ours = dict(read), hf_config(model)
+    before = hf_config(model_config_from_hf(read)) if read else {}
+    for name in before.keys() | ours.keys():
+        if before.get(name) == ours.get(name) and name in read:
+            continue
+        config.pop(name, None)
+        if name in ours and (not read or before.get(name) != ours[name]):
+            config[name] = ours[name]
+            if name in ("rope_scaling", "rope_theta"):
+                config.pop("rope_parameters", None)
+    quantization = config.pop("quantization_config", _FP8_CONFIG)
     if dtype == "fp8":
-        config["quantization_config"] = _FP8_CONFIG
+        config["quantization_config"] = quantization
     return config | {"torch_dtype": "bfloat16" if dtype == "fp8" else dtype}
 
 
@@ -136,7 +143,7 @@ def _write_others(folder: Path, config: dict[str, Any], tokenizer: Any, carried:
     """config.json, and what transformers wants to generate text: as it was read, or of our tokenizer."""
     for name in CARRIED:
         if name in carried and name != "config.json":
-            (folder / name).write_bytes(carried[name])
+            write_bytes(folder / name, carried[name])
     # Explicit nulls where there is no tokenizer: transformers' defaults would name some other model's tokens.
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     token_ids = {f"{name}_token_id": value for name, value in ids.items()}

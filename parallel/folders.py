@@ -13,7 +13,11 @@ class CheckpointError(ValueError):
 
 def partial_of(folder: Path) -> Path:
     """Where `folder` is written."""
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + ".r1-partial")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".r1-old")
 
 
 def begin(folder: Path, sign: str) -> Path:
@@ -32,7 +36,9 @@ def begin(folder: Path, sign: str) -> Path:
 
 def publish(folder: Path, keep: Path | None = None) -> None:
     """Give what was written its name. What had the name before is deleted, or renamed to `keep`."""
-    old = keep or folder.with_name(folder.name + ".old")
+    old = keep or _old(folder)
+    for place in (partial_of(folder), *(p for p in partial_of(folder).rglob("*") if p.is_dir())):
+        _sync(place)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -50,7 +56,7 @@ def recover(folder: Path, last_file: str) -> Path:
     """Do what a `publish` that was killed between its two renames left undone; returns the folder. `last_file` is
     the one that says that what was written is whole."""
     if not folder.exists():
-        for left in (partial_of(folder), folder.with_name(folder.name + ".old")):
+        for left in (partial_of(folder), _old(folder)):
             if (left / last_file).is_file():
                 try:
                     left.rename(folder)
@@ -77,21 +83,25 @@ def missing_room(wanted: int, folder: Path) -> str | None:
     return f"it wants {wanted / unit:,.1f} {name} and its disk has {free / unit:,.1f} {name} free"
 
 
-def probe(folder: Path) -> None:
-    """OSError where the disk takes nothing: it is full, over a quota or read-only."""
+def probe(folder: Path, nbytes: int = 1 << 20) -> None:
+    """OSError where the disk does not take so much more: it is full, over a quota or read-only."""
     path = folder / "probe"
     try:
-        write_text(path, " " * (1 << 20))
+        write_bytes(path, bytes(nbytes))
     finally:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """The text is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_bytes(path: Path, contents: bytes) -> None:
+    """They are on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(contents)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def _sync(folder: Path) -> None:

@@ -31,6 +31,8 @@ BAND_BYTES = 16 << 20  # of float32 that one band of rows becomes
 # Pages of a mapped file count as this process's memory once they are read: after so many bytes it is mapped anew.
 MAPPED_BYTES = 64 << 20
 
+POINTER = b"version https://git-lfs"
+
 # safetensors' names of the types that weights may have.
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
@@ -93,8 +95,8 @@ class Source:
     def copy_to(self, target: Tensor, name: str, index: tuple[slice, ...]) -> None:
         """target[...] = tensor[index], in target's type and on its device. CheckpointError for values that are not
         finite: no training run wrote them."""
-        width = max(1, target[0].numel()) if len(index) > 1 else 1
-        step = max(1, BAND_BYTES // (4 * width))
+        # By the whole width: pages are read whole, also where few of a row's columns are wanted.
+        step = max(1, BAND_BYTES // (4 * prod(self.shapes[name][1:])))
         for start in range(index[0].start, index[0].stop, step):
             stop = min(start + step, index[0].stop)
             band = self._band(name, (slice(start, stop), *index[1:]))
@@ -137,7 +139,8 @@ class Source:
             self._opened = None  # unmapped before the next is mapped
             self._opened, self._mapped = (stored.file, _open(stored.file)), 0
         tensor = self._opened[1].get_slice(stored.name)[index or ...]
-        self._mapped += tensor.nbytes
+        rows = tensor.shape[0] if index else stored.shape[0]
+        self._mapped += rows * prod(stored.shape[1:]) * TYPES[stored.dtype].itemsize
         return tensor
 
 
@@ -206,6 +209,9 @@ def _open(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} is incomplete: {file.name}, which its index names, is missing")
     try:
+        with file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull")
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
@@ -215,22 +221,24 @@ def _open(file: Path) -> Any:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of a folder's safetensors files, as far as it is known.
+    """{file: SHA-256} of a folder's weights, as far as it is known.
 
     From SHA256SUMS, which our exports have; from what huggingface_hub notes of a file it has downloaded; from the
     name of the blob that a file of its cache is a link to.
     """
     known: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    indexed = {folder / name for name in read_index(folder).values()}
+    files = sorted(indexed or folder.glob("*.safetensors"))  # there may be other files beside those of an index
+    for file in files:
         note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
         told = note.read_text().split()[1:2] if note.is_file() else [file.resolve().name]
         if told and re.fullmatch(r"[0-9a-f]{64}", told[0]):
             known[file.name] = told[0]
     if (folder / SUMS).is_file():
-        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():  # as `sha256sum` writes it
             value, _, name = line.partition(" ")
-            if name.endswith(".safetensors"):
-                known[name.lstrip(" *")] = value
+            if folder / (name := name.lstrip(" *")) in files:
+                known[name] = value
     return known
 
 
@@ -239,12 +247,9 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def damaged(folder: Path, sums: Mapping[str, str]) -> str | None:
-    """What is wrong with the first of these files that is not as its SHA-256 says."""
-    for name, wanted in sums.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{folder} is incomplete: {name} is missing"
-        if sha256(file) != wanted:
-            return f"{file} is damaged: it does not match its checksum"
-    return None
+def check_sum(file: Path, wanted: str) -> None:
+    """CheckpointError where the file is not what its SHA-256 says."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} is incomplete: {file.name} is missing")
+    if sha256(file) != wanted:
+        raise CheckpointError(f"{file} is damaged: it does not match its checksum")

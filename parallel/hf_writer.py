@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -105,10 +105,13 @@ class FolderWriter:
             self._opened = None
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of every file, as `sha256sum -c` reads it."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    write_text(folder / SUMS, "".join(f"{sha256(file)}  {file.name}\n" for file in files))
+def write_sums(folder: Path, beat: Callable[[], None]) -> None:
+    """SHA256SUMS of every file, as `sha256sum -c` reads it; `beat` is called before each."""
+    lines = []
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS):
+        beat()
+        lines.append(f"{sha256(file)}  {file.name}\n")
+    write_text(folder / SUMS, "".join(lines))
 
 
 def write_json(path: Path, contents: object) -> None:

@@ -42,6 +42,9 @@ _LATENT_FIELDS = {
     "routed_scaling_factor": "routed_scaling_factor",
     "num_nextn_predict_layers": "num_mtp_layers",
 }
+_REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_MAY_BE_MISSING = ("q_lora_rank", "num_nextn_predict_layers")
+_REQUIRED_LATENT = tuple(name for name in _LATENT_FIELDS if name not in _MAY_BE_MISSING)
 # What our models do; a checkpoint that says otherwise is another model.
 _FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False}
 _FIXED_OF: dict[str, dict[str, Any]] = {
@@ -89,6 +92,9 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     for name, wanted in (_FIXED | _FIXED_OF[architecture]).items():
         if config.get(name, wanted) != wanted:
             raise ValueError(f"{name} = {config[name]!r} must be {wanted!r} for {architecture}: no other is supported")
+    for name in _REQUIRED + (_REQUIRED_LATENT if architecture == "deepseek_v3" else ()):
+        if config.get(name) is None:
+            raise ValueError(f"{name} is missing: what it would be by default differs from program to program")
     values: dict[str, Any] = {"architecture": architecture}
     for theirs, ours in _fields(architecture).items():
         if config.get(theirs) is not None:
@@ -139,7 +145,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
             config["first_k_dense_replace"] = model.num_layers
     elif model.head_dim is None:
         del config["head_dim"]
-    if model.yarn:
+    if model.yarn and not model.yarn.changes_nothing:
         yarn = {theirs: getattr(model.yarn, ours) for theirs, ours in _YARN_FIELDS.items()}
         if not (model.yarn.mscale and model.yarn.mscale_all_dim):
             if model.yarn.mscale != 1 or model.yarn.mscale_all_dim:
@@ -153,6 +159,28 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         rope = {theirs: getattr(model.llama3_rope, ours) for theirs, ours in _LLAMA3_FIELDS.items()}
         config["rope_scaling"] = {"rope_type": "llama3", **rope}
     return config
+
+
+# A model may read fewer positions, or leave multi-token prediction out; and the last is for new weights only.
+_MAY_DIFFER = {"max_position_embeddings", "num_nextn_predict_layers", "initializer_range"}
+# What changes when a model is taught to read longer texts.
+_POSITIONS = {"rope_theta", "rope_scaling"}
+
+
+def differences(theirs: ModelConfig, ours: ModelConfig) -> tuple[list[str], list[str]]:
+    """What a checkpoint of `theirs` would compute otherwise in `ours`, in sentences: (of the model, of its rotary
+    embedding, which a longer context may be the reason of). In Hugging Face's words."""
+    found: tuple[list[str], list[str]] = ([], [])
+    left, right = (
+        hf_config(model.model_copy(update={"head_dim": None if model.is_moe else model.qk_head_dim}))
+        for model in (theirs, ours)
+    )
+    for name in sorted((left.keys() | right.keys()) - _MAY_DIFFER):
+        a, b = left.get(name), right.get(name)
+        close = isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-6 * abs(b)  # as float32 keeps it
+        if a != b and not close:
+            found[name in _POSITIONS].append(f"{name} = {a}, this model has {b}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ names

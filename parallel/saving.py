@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import multiprocessing
+import os
 import queue
 import shutil
 import signal
@@ -24,12 +25,13 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
 from r1.parallel import folders
-from r1.parallel.folders import CheckpointError, partial_of, unwritten, write_text
+from r1.parallel.folders import CheckpointError, partial_of, unwritten, write_bytes, write_text
 from r1.parallel.model import checkpoint_metadata, sharded_state
 from r1.parallel.trainer import Trainer
 
 MANIFEST = "manifest.json"
-SPARE_BYTES = 4 << 20  # beside the tensors: metadata, state
+SPARE_BYTES = 1 << 20  # beside the tensors: state and manifest
+BYTES_OF_METADATA = 1 << 10  # of each of a process's tensors, at most
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
@@ -69,7 +71,7 @@ class Writing:
         keep: Path | None = None,
         background: bool = True,
     ) -> None:
-        self.folder, self.keep, self._world = Path(folder), keep, trainer.world
+        self.folder, self.keep, self._world = Path(folder).absolute(), keep, trainer.world
         trainer.gather_weights()
         tensors = sharded_state(trainer.chunks, trainer.world)
         if optimizer and trainer.optimizer is not None:
@@ -77,7 +79,7 @@ class Writing:
             tensors["optimizer"] = trainer.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=metadata)
         if reference is not None:
             tensors["reference"] = reference_state(reference)
-        self._files: dict[str, str | bytes] = {f"hf/{name}": contents for name, contents in (files or {}).items()}
+        self._files = {f"hf/{name}": contents for name, contents in (files or {}).items()}
         contents = {
             "model": trainer.model_config.model_dump(),
             "dtype": trainer.parallel.dtype,
@@ -87,8 +89,16 @@ class Writing:
             "steps_taken": trainer.steps_taken,
             **state,
         }
-        self._files["state.json"] = json.dumps(contents, indent=1)
-        self._begin(sum(_nbytes(part) for part in _sharded(tensors)))
+        self._files["state.json"] = json.dumps(contents, indent=1).encode()
+        try:
+            self._write(tensors, background)
+        finally:
+            if "optimizer" in tensors:
+                trainer.optimizer.to_host()
+
+    def _write(self, tensors: dict[str, Any], background: bool) -> None:
+        shards = _sharded(tensors)
+        self._begin(sum(map(_nbytes, shards)), len(shards))
         # Megatron starts a manager process (which imports the main module again) for a queue between processes; here
         # both ends are in this one.
         self._results: queue.Queue[Any] = queue.Queue()
@@ -98,23 +108,23 @@ class Writing:
             tensors, str(partial_of(self.folder) / "shards"), sharded_strategy=strategy, async_sharded_save=True
         )
         self._process: Any = None
+        self._staged: Any = None
         self._written: _Written = ({}, {}, None)
         if self._request.async_fn is not None:  # this process has something to write
             self._start(background)
-        if "optimizer" in tensors:
-            trainer.optimizer.to_host()
 
-    def _begin(self, nbytes: int) -> None:
+    def _begin(self, nbytes: int, tensors: int) -> None:
         """An empty folder on a disk that has room."""
         counts: list[Any] = [None] * self._world.size
-        dist.all_gather_object(counts, nbytes)
+        dist.all_gather_object(counts, (nbytes, tensors))
+        self._bytes_of_metadata = SPARE_BYTES + sum(n for _, n in counts) * BYTES_OF_METADATA
         problem = None
         if self._world.is_main:
             try:
                 shards = folders.begin(self.folder, "state.json") / "shards"
                 shards.mkdir()
                 folders.probe(shards)
-                if problem := folders.missing_room(sum(counts) + SPARE_BYTES, shards):
+                if problem := folders.missing_room(sum(n for n, _ in counts) + self._bytes_of_metadata, shards):
                     problem = unwritten(self.folder, problem)
             except OSError as error:
                 problem = unwritten(self.folder, error)
@@ -127,14 +137,17 @@ class Writing:
         if not background:
             self._written = _write_shards(transforms, buckets)
             return
+        # Held until it is written: a GPU's copies lie in pinned memory, which a fork shares and does not copy.
+        self._staged = buckets
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_write_and_tell, args=(transforms, buckets, theirs), daemon=True)
-        self._process.start()
+        process = context.Process(target=_write_and_tell, args=(transforms, buckets, theirs, os.getpid()), daemon=True)
+        try:
+            process.start()
+            self._process = process
+        except OSError:  # no memory for another process: then here
+            self._written = _write_shards(transforms, buckets)
         theirs.close()
-        for _, _, (plain, tensors) in self._request.async_fn_args[1]:  # the process has its own by now
-            plain.clear()
-            tensors.clear()
 
     def done(self) -> bool:
         """Whether every process's shards are written. Collective."""
@@ -148,21 +161,25 @@ class Writing:
         if self._process is not None:
             try:
                 self._written = self._pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 self._process.join()
-                how = f"the process that wrote it ended ({self._process.exitcode}); is the host's memory full?"
+                memory = "; is the host's memory full?" if self._process.exitcode == -signal.SIGKILL else ""
+                how = f"the process that wrote it ended ({self._process.exitcode}){memory}"
                 self._written = ({}, {}, how)
             self._process.join()
             self._pipe.close()
         results, sums, error = self._written
         problem = None if error is None else unwritten(self.folder, error)
+        self._staged = None
         self._results.put(results)
+        if self._world.is_main and problem is None:
+            try:  # Megatron's metadata: if rank 0 failed there, the others would wait for it
+                folders.probe(partial_of(self.folder) / "shards", self._bytes_of_metadata)
+            except OSError as reason:
+                problem = unwritten(self.folder, reason)
         self._agree(problem)
-        try:
-            for finalize in self._request.finalize_fns:
-                finalize()
-        except OSError as error:
-            problem = unwritten(self.folder, error)
+        for finalize in self._request.finalize_fns:
+            finalize()
         parts: list[Any] = [None] * self._world.size
         dist.all_gather_object(parts, sums)
         if self._world.is_main and problem is None:
@@ -177,7 +194,7 @@ class Writing:
         for name, contents in self._files.items():
             path = partial / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(contents) if isinstance(contents, bytes) else write_text(path, contents)
+            write_bytes(path, contents)
         for path in _files(partial):
             name = str(path.relative_to(partial))
             if name not in sums:  # Megatron's metadata and what was written here
@@ -200,10 +217,13 @@ class Writing:
 _Written = tuple[dict[int, Any], dict[str, list[int]], Exception | str | None]
 
 
-def _write_and_tell(transforms: list[Any], buckets: list[Any], pipe: Connection) -> None:
+def _write_and_tell(transforms: list[Any], buckets: list[Any], pipe: Connection, parent: int) -> None:
     """What the forked process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent says when to end
     # The checkpoint of a process that was killed is nobody's: another run may be writing there.
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
     pipe.send(_write_shards(transforms, buckets))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import socket
@@ -20,10 +21,11 @@ from r1.engine.config import config_from, load_config
 from r1.engine.data.tasks import Prompt
 from r1.engine.engine import Sample
 from r1.engine.errors import UserError
+from r1.engine.generate import find_checkpoint
 from r1.engine.logs import read_jsonl
 from r1.engine.prompts import Deck, load_examples, reasoning_prompts
 from r1.engine.settings import PIPELINE, Config, RewardConfig
-from r1.engine.stage import checkpoint_of, is_complete, load_tokenizer, open_engine, seed_of, shared_map
+from r1.engine.stage import StageRun, checkpoint_of, is_complete, load_tokenizer, open_engine, seed_of, shared_map
 from r1.engine.stages import reward_model
 from r1.engine.stages.all_scenarios_rl import reward_model_judge
 from r1.engine.stages.pretrain import plan
@@ -305,3 +307,21 @@ def test_the_newest_and_the_best_checkpoints_are_kept(background: str, tmp_path:
         step = json.loads((folder / "state.json").read_text())["step"]
         assert folder.name in ("checkpoint", f"checkpoint.step-{step:06}")
         open_engine(micro(tmp_path), str(folder), load_tokenizer(micro(tmp_path))).close()
+
+
+def test_a_checkpoint_without_a_score_is_not_the_best(tmp_path: Path) -> None:
+    stage = StageRun(micro(tmp_path, "stages.sft.keep_best=true", "stages.sft.keep_checkpoints=1"), "sft")
+    for name, score in (("checkpoint", 0.1), ("checkpoint.step-000002", 0.9), ("checkpoint.step-000003", None)):
+        (stage.folder / name).mkdir(parents=True)
+        (stage.folder / name / "state.json").write_text(json.dumps({"model": {}, "score": score}))
+    stage._drop_old()
+    assert {path.name for path in stage.folder.glob("checkpoint*")} == {"checkpoint", "checkpoint.step-000002"}
+    stage.record(0, {"loss": float("nan")})
+    assert not math.isfinite(stage._scores[0])
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    for name in ("checkpoint", "checkpoint.step-000002", "checkpoint.r1-partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert find_checkpoint(tmp_path).name == "checkpoint"

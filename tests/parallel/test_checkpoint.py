@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from r1.parallel import checkpoint
+from r1.parallel import checkpoint, folders
 from r1.parallel.checkpoint import CheckpointError
 from r1.parallel.config import ModelConfig, ParallelConfig
 from r1.parallel.packing import MicroBatch
@@ -322,7 +322,7 @@ def save_and_be_killed(folder: str, moving: str) -> None:
     checkpoint.save(trainer, folder, {"step": 2})
 
 
-@pytest.mark.parametrize(("moving", "step"), [("checkpoint", 1), ("checkpoint.partial", 2)])
+@pytest.mark.parametrize(("moving", "step"), [("checkpoint", 1), ("checkpoint.r1-partial", 2)])
 def test_a_save_that_was_killed_leaves_a_whole_checkpoint(moving: str, step: int, tmp_path: Path) -> None:
     """The old one, or between the two renames the new one, which is whole by then."""
     folder = tmp_path / "checkpoint"
@@ -369,6 +369,34 @@ def test_a_writer_that_was_killed_is_told(tmp_path: Path) -> None:
             break
     assert "ended (-9)" in message and "is whole" in message
     assert checkpoint.load(trainer, folder)["step"] in (1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def no_room_for_metadata(folder: str) -> tuple[str, int]:
+    """Collective: a save for whose last part the main process's disk has no room; what the next load finds."""
+    trainer = _trainer("deepseek", {"expert": 2}, 1)
+    checkpoint.save(trainer, folder, {"step": 1})
+    probe, told = folders.probe, "it was written"
+
+    def full(place: Path, nbytes: int = 0) -> None:
+        if nbytes:  # the probe before Megatron's metadata
+            raise OSError(28, "No space left on device")
+        probe(place)
+
+    folders.probe = full  # type: ignore[assignment]
+    try:
+        checkpoint.save(trainer, folder, {"step": 2})
+    except CheckpointError as error:
+        told = str(error)
+    finally:
+        folders.probe = probe  # type: ignore[assignment]
+    return told, checkpoint.load(trainer, folder)["step"]
+
+
+def test_what_one_process_cannot_write_all_are_told(run: Any, tmp_path: Path) -> None:
+    for told, step in run(2, no_room_for_metadata, str(tmp_path / "checkpoint")):
+        assert "rank 0" in told and "No space left on device" in told and "is whole" in told
+        assert step == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 

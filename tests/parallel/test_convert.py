@@ -21,11 +21,11 @@ from transformers.modeling_layers import MtpModel
 
 from r1.parallel import hf_writer
 from r1.parallel.config import ModelConfig, ParallelConfig
-from r1.parallel.convert import gathered, hf_config, load_hf, model_config_from_hf
+from r1.parallel.convert import gathered, load_hf
 from r1.parallel.decode import Chunk, Decoder
 from r1.parallel.export import export_hf
 from r1.parallel.folders import CheckpointError
-from r1.parallel.huggingface import Part
+from r1.parallel.huggingface import Part, hf_config, model_config_from_hf
 from r1.parallel.packing import MicroBatch
 from r1.parallel.trainer import AdamConfig, Trainer
 from r1.parallel.world import join

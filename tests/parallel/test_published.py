@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from r1.parallel.config import ParallelConfig
 from r1.parallel.convert import load_hf, read_config
 from r1.parallel.export import export_hf
 from r1.parallel.folders import CheckpointError
-from r1.parallel.hf_reader import SUMS, damaged
+from r1.parallel.hf_reader import SUMS, check_sum
 from r1.parallel.trainer import Trainer
 from r1.parallel.world import join
 from tests.parallel import published
@@ -135,19 +136,68 @@ def test_only_blocks_that_were_trained_have_new_scales(seed: int, tmp_path: Path
 
 
 def test_another_model_takes_the_weights_only_where_it_computes_the_same(seed: int, tmp_path: Path) -> None:
+    """From the folder, and from a checkpoint of ours. Rotary embeddings may differ, aloud: contexts are extended so."""
     published.write(tmp_path / "in", published.CONFIG, published.tensors(published.CONFIG, seed), seed)
-    model = read_config(tmp_path / "in")[0]
-    parallel = ParallelConfig()
+    trainer, _ = opened(str(tmp_path / "in"), {})
+    checkpoint.save(trainer, tmp_path / "ours", {}, optimizer=False)
+    model, parallel = trainer.model_config, ParallelConfig()
+
+    def load(change: dict[str, Any]) -> None:
+        for read, source in ((load_hf, tmp_path / "in"), (checkpoint.load, tmp_path / "ours")):
+            read(Trainer(model.model_copy(update=change), parallel, join(parallel), seed=1), source)
+
     for change, message in (
-        ({"rope_base": 5e5}, "rope_theta = 10000"),
-        ({"norm_eps": 1e-5}, "rms_norm_eps = 1e-06"),
-        ({"yarn": None}, "rope_scaling"),
-        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor = 2.5"),
+        ({"norm_eps": 1e-5}, "rms_norm_eps = 1e-06, this model has 1e-05"),
+        ({"experts_per_token": 1}, "num_experts_per_tok = 2, this model has 1"),
+        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor = 2.5, this model has 1.0"),
     ):
-        with pytest.raises(CheckpointError, match=message):
-            load_hf(Trainer(model.model_copy(update=change), parallel, join(parallel), seed=1), tmp_path / "in")
-    shorter = model.model_copy(update={"max_positions": 64, "num_mtp_layers": 0, "expert_bias_update_speed": 0.1})
-    load_hf(Trainer(shorter, parallel, join(parallel), seed=1), tmp_path / "in")
+        for read, source in ((load_hf, tmp_path / "in"), (checkpoint.load, tmp_path / "ours")):
+            with pytest.raises(CheckpointError, match=message):
+                read(Trainer(model.model_copy(update=change), parallel, join(parallel), seed=1), source)
+    for change, message in (({"rope_base": 5e5}, "rope_theta = 10000.0, this"), ({"yarn": None}, "rope_scaling = {")):
+        with pytest.warns(UserWarning, match=message) as told:
+            load(change)
+        assert sum("a longer context" in str(w.message) for w in told) == 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*a longer context")
+        load({"max_positions": 64, "expert_bias_update_speed": 0.1, "init_std": 0.3})
+        close = model.model_copy(update={"norm_eps": 9.999999974752427e-07})  # 1e-6, as a GGUF file keeps it
+        load_hf(Trainer(close, parallel, join(parallel), seed=1), tmp_path / "in")
+
+
+def test_a_folder_without_its_mtp_layer(seed: int, tmp_path: Path) -> None:
+    """As transformers saves DeepSeek-V3: the layer is gone, config.json still counts it."""
+    config = {k: v for k, v in published.CONFIG.items() if k != "quantization_config"}
+    found = published.tensors(config, seed, fp8=False)
+    found = {name: tensor for name, tensor in found.items() if ".layers.3." not in name}
+    published.write(tmp_path / "in", config, found, seed)
+    trainer, carried = opened(str(tmp_path / "in"), {})
+    assert trainer.model_config.num_mtp_layers == 0
+    export_hf(trainer, tmp_path / "out", carried=carried)
+    assert_same(read(tmp_path / "out"), found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_what_was_read_leaves_where_the_model_is_another_by_now(seed: int, tmp_path: Path) -> None:
+    published.write(tmp_path / "in", published.CONFIG, published.tensors(published.CONFIG, seed), seed)
+    parallel = ParallelConfig(dtype="bfloat16")
+    shorter = read_config(tmp_path / "in")[0].model_copy(update={"max_positions": 64, "init_std": 0.1})
+    trainer = Trainer(shorter, parallel, join(parallel), seed=1)
+    export_hf(trainer, tmp_path / "out", carried=load_hf(trainer, tmp_path / "in"))
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    wanted = published.CONFIG | {"max_position_embeddings": 64, "initializer_range": 0.1}
+    assert {k: v for k, v in out.items() if v is not None} == {k: v for k, v in wanted.items() if k != "auto_map"}
+
+
+def test_values_that_are_not_finite_do_not_leave(seed: int, tmp_path: Path) -> None:
+    published.write(tmp_path / "in", published.CONFIG, published.tensors(published.CONFIG, seed), seed)
+    trainer, carried = opened(str(tmp_path / "in"), {})
+    for value, dtype in ((float("nan"), "fp8"), (1e30, "float16")):
+        with torch.no_grad():
+            trainer.chunks[0].decoder.layers[0].mlp.linear_fc2.weight[3, 3] = value
+        with pytest.raises(CheckpointError, match="model.layers.0.mlp.down_proj.weight has values that are not finite"):
+            export_hf(trainer, tmp_path / "out", dtype=dtype, carried=carried)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 # ------------------------------------------------------------------------------------------------ kills, full disks
@@ -177,9 +227,9 @@ def _endless(folder: str, what: str) -> None:
 def test_a_kill_leaves_a_whole_folder(what: str, seed: int, tmp_path: Path) -> None:
     published.write(tmp_path / "in", published.CONFIG, published.tensors(published.CONFIG, seed), seed)
     draw, out = random.Random(seed), tmp_path / "out"
-    partial = out.with_name("out.partial")
+    partial = out.with_name("out.r1-partial")
     killed_within = 0
-    for _ in range(4):
+    for _ in range(5):
         pool = ProcessPool(1)
         pool.send(_endless, str(tmp_path / "in"), what)
         deadline = time.monotonic() + 120
@@ -189,6 +239,7 @@ def test_a_kill_leaves_a_whole_folder(what: str, seed: int, tmp_path: Path) -> N
         time.sleep(draw.uniform(0.5, 1.5))
         while not partial.exists() and time.monotonic() < deadline:
             pass
+        time.sleep(draw.uniform(0.0, 0.15))
         pool.kill()
         killed_within += partial.exists()
         parallel = ParallelConfig()
@@ -196,8 +247,9 @@ def test_a_kill_leaves_a_whole_folder(what: str, seed: int, tmp_path: Path) -> N
         if what == "save":
             value = float(checkpoint.load(trainer, out)["step"])
         else:
-            sums = dict(reversed(line.split("  ")) for line in (out / SUMS).read_text().splitlines())
-            assert damaged(out, sums) is None
+            for line in (out / SUMS).read_text().splitlines():
+                value, name = line.split("  ")
+                check_sum(out / name, value)
             load_hf(trainer, out)
             value = float(next(trainer.chunks[0].parameters()).flatten()[0])
         assert value >= 1
