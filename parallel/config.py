@@ -215,7 +215,7 @@ class ParallelConfig(Section):
     timeout_seconds: float = Field(
         600.0,
         gt=0,
-        description="a collective that takes longer is a hang: the watchdog names the ranks and ends the run",
+        description="within which the watchdog names a hang and ends the run: a collective may take a minute less",
     )
 
     @property

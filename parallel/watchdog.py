@@ -12,7 +12,6 @@ with EXIT_HANG. Then torchrun ends what does not react any more, and restarts th
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import sys
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from r1.parallel import hang
 
 EXIT_HANG = 75  # EX_TEMPFAIL of sysexits.h: try again
-# What torch's own limit on a collective is above ours: so long the report may take.
+# What torch's own limit on a collective is above ours, in case that the report cannot be made.
 GRACE_SECONDS = 120.0
 LONGEST_INTERVAL_SECONDS = 10.0
 ALARM, VERDICT = "alarm", "verdict"
@@ -39,13 +38,16 @@ _ending = threading.Lock()
 
 
 class Watchdog:
-    """Watches this rank and the next one. `limit`: seconds that a collective may take."""
+    """Watches this rank and the next one. `limit`: seconds within which a hang is reported. A minute of them (a third
+    of a short limit) is for the report; so much less may a collective take."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, limit: float):
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.interval = min(LONGEST_INTERVAL_SECONDS, limit / 20)
         # Waiting is counted in ticks, not by the clock, which runs on while a whole job is suspended.
-        self.patience = math.ceil(limit / self.interval)
+        # What is left of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second
+        # and one to spare.
+        self.patience = max(1, int((limit - 1) / self.interval) - 5)
         self.name = f"[rank {rank} {socket.gethostname()}]"
         self._beats = 0
         self._busy: dict[str, list[Any]] = {}  # group → [its counters, ticks since they changed]
@@ -203,7 +205,7 @@ def meet(timeout: float) -> dist.Store:
 
 
 def start(store: dist.Store, rank: int, size: int, limit: float) -> None:
-    """Watch this process of the world that met at `store`; `limit`: seconds that a collective may take."""
+    """Watch this process of the world that met at `store`; `limit`: seconds within which a hang is reported."""
     global _current
     if size > 1:  # else there is nobody to wait for
         _current = Watchdog(store.clone(), rank, size, limit)  # a connection of its own: requests take turns on one

@@ -16,7 +16,7 @@ import torch
 from r1.engine import cli
 from tests.engine.test_resume import MICRO, weights
 
-LIMIT = 20  # seconds that a collective may take, far above a step's
+LIMIT = 20  # seconds within which a hang is named, far above a step's
 
 
 def launch(run_dir: Path, *settings: str, restarts: int = 0, stage: str = "pretrain") -> subprocess.Popen[str]:
@@ -46,9 +46,9 @@ def test_a_stopped_rank_costs_a_restart_and_nothing_else(tmp_path: Path) -> None
     stopped_at = time.monotonic()
     log = tmp_path / "stopped.log"
     while "r1: stuck in" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < stopped_at + 2 * LIMIT + 20, log.read_text()
+        assert process.poll() is None and time.monotonic() < stopped_at + LIMIT, log.read_text()
         time.sleep(0.1)
-    print(f"named after {time.monotonic() - stopped_at:.1f} s")
+    assert time.monotonic() - stopped_at < LIMIT, "named within the limit"
     assert process.wait(timeout=200) == 0, log.read_text()
 
     told = log.read_text()
