@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from r1.parallel import checkpoint, hf_writer
+from r1.parallel import agreement, checkpoint, convert, hf_reader, hf_writer
 from r1.parallel.config import ParallelConfig
 from r1.parallel.convert import load_hf, read_config
 from r1.parallel.export import export_hf
@@ -198,6 +198,39 @@ def test_values_that_are_not_finite_do_not_leave(seed: int, tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match="model.layers.0.mlp.down_proj.weight has values that are not finite"):
             export_hf(trainer, tmp_path / "out", dtype=dtype, carried=carried)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def slow_disk(source: str, out: str) -> None:
+    """Collective: an export, and an import of it, that take rank 0 much longer than a collective may take."""
+    convert.BYTES_BETWEEN_MEETINGS, agreement.ROUND_SECONDS = 100_000, 0.5
+    hf_writer.BYTES_PER_FILE = 300_000
+    trainer, carried = opened(source, {"expert": 2, "timeout_seconds": 8.0})
+
+    def slowed(function: Any, seconds: float) -> Any:
+        def slow(*arguments: Any) -> Any:
+            if trainer.world.is_main:
+                time.sleep(seconds)
+            return function(*arguments)
+
+        return slow
+
+    hf_writer.FolderWriter.write = slowed(hf_writer.FolderWriter.write, 0.04)  # type: ignore[method-assign]
+    hf_writer.sha256 = slowed(hf_writer.sha256, 0.8)
+    export_hf(trainer, out, carried=carried)
+    hf_reader.Source.copy_to = slowed(hf_reader.Source.copy_to, 0.06)  # type: ignore[method-assign]
+    load_hf(trainer, out)
+
+
+@pytest.mark.slow
+def test_nobody_is_taken_for_hung_who_waits_for_a_disk(seed: int, tmp_path: Path) -> None:
+    found = published.tensors(published.CONFIG, seed)
+    published.write(tmp_path / "in", published.CONFIG, found, seed)
+    pool = ProcessPool(2)
+    try:
+        pool.run(slow_disk, str(tmp_path / "in"), str(tmp_path / "out"))
+    finally:
+        pool.kill()
+    assert_same(read(tmp_path / "out"), found)
 
 
 # ------------------------------------------------------------------------------------------------ kills, full disks
