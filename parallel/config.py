@@ -215,7 +215,7 @@ class ParallelConfig(Section):
     timeout_seconds: float = Field(
         600.0,
         gt=0,
-        description="within which the watchdog names a hang and ends the run: a collective may take a minute less",
+        description="within which the watchdog names a hang and ends the run: of 600 a collective may take 520",
     )
 
     @property

@@ -38,16 +38,19 @@ _ending = threading.Lock()
 
 
 class Watchdog:
-    """Watches this rank and the next one. `limit`: seconds within which a hang is reported. A minute of them (a third
-    of a short limit) is for the report; so much less may a collective take."""
+    """Watches this rank and the next one.
+
+    `limit`: seconds within which a hang is reported. Of 600 a collective may take 520, of a short limit some two
+    thirds; the rest is for the report.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, limit: float):
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.interval = min(LONGEST_INTERVAL_SECONDS, limit / 20)
         # Waiting is counted in ticks, not by the clock, which runs on while a whole job is suspended.
-        # What is left of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second
-        # and one to spare.
-        self.patience = max(1, int((limit - 1) / self.interval) - 5)
+        # What is left of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second,
+        # and three to spare on a busy machine.
+        self.patience = max(1, int((limit - 1) / self.interval) - 7)
         self.name = f"[rank {rank} {socket.gethostname()}]"
         self._beats = 0
         self._busy: dict[str, list[Any]] = {}  # group → [its counters, ticks since they changed]
