@@ -48,8 +48,8 @@ class Watchdog:
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.interval = min(LONGEST_INTERVAL_SECONDS, limit / 20)
         # Waiting is counted in ticks, not by the clock, which runs on while a whole job is suspended.
-        # What is left of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second,
-        # and three to spare on a busy machine.
+        # The rest of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second, and
+        # three to spare on a busy machine.
         self.patience = max(1, int((limit - 1) / self.interval) - 7)
         self.name = f"[rank {rank} {socket.gethostname()}]"
         self._beats = 0
