@@ -48,7 +48,7 @@ class Watchdog:
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.interval = min(LONGEST_INTERVAL_SECONDS, limit / 20)
         # Waiting is counted in ticks, not by the clock, which runs on while a whole job is suspended.
-        # The rest of the limit is for the tick that notices, three in which a stopped rank may yet answer, a second, and
+        # The rest of the limit is for the tick that notices, three in which a stopped rank may answer, a second, and
         # three to spare on a busy machine.
         self.patience = max(1, int((limit - 1) / self.interval) - 7)
         self.name = f"[rank {rank} {socket.gethostname()}]"
