@@ -12,9 +12,8 @@ from r1.engine.data.tokenizer import Tokenizer
 from r1.engine.engine import Engine, stored_model
 from r1.engine.errors import UserError
 from r1.engine.generate import find_checkpoint, find_tokenizer
-from r1.engine.logs import say, write_json
+from r1.engine.logs import say, world_size, write_json
 from r1.parallel.convert import Dtype
-from r1.parallel.world import world_size
 
 
 def import_checkpoint(source: str | Path, folder: str | Path, settings: Sequence[str] = ()) -> None:
