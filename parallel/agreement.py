@@ -39,7 +39,7 @@ class Told:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, Exception) and self.problem is None:
             self.problem = str(error) if isinstance(error, CheckpointError) else self._words(error)
-            if not isinstance(error, (CheckpointError, OSError)):  # perhaps a mistake of ours, which a sentence would hide
+            if not isinstance(error, (CheckpointError, OSError)):  # a mistake of ours, which a sentence would hide
                 traceback.print_exception(error)
         return isinstance(error, Exception)
 
